@@ -42,7 +42,7 @@ def module_file(name: str) -> Path | None:
 
 
 def imported_names(tree: ast.AST, inside: str = "") -> set[str]:
-    """Dotted names of the package that the syntax tree imports or reaches as `advcourse.x`; `inside`: its own package."""
+    """Dotted names of the package that the code imports or reaches as `advcourse.x`; `inside`: the code's package."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -187,7 +187,8 @@ def execute(path: Path) -> bool:
     before = digest(notebook)
     client = NotebookClient(notebook, kernel_name="python3", timeout=TIMEOUT, record_timing=False,
                             coalesce_streams=True,
-                            extra_arguments=["--IPKernelApp.log_level=ERROR"], resources={"metadata": {"path": str(path.parent)}})
+                            extra_arguments=["--IPKernelApp.log_level=ERROR"],
+                            resources={"metadata": {"path": str(path.parent)}})
     start = time.monotonic()
     try:
         client.execute()
