@@ -13,6 +13,7 @@ A notebook that fails is left as it was; the traceback is printed and the exit c
 import argparse
 import ast
 import hashlib
+import json
 import math
 import os
 import sys
@@ -163,7 +164,7 @@ def to_text(notebook) -> str:
     for bundle in notebook.metadata.get("widgets", {}).values():
         for k, model_id in enumerate(bundle.get("state", {})):
             text = text.replace(model_id, f"{k:032x}")
-    return text.rstrip("\n") + "\n"
+    return json.dumps(json.loads(text), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def write(path: Path, text: str) -> None:
