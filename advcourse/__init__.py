@@ -1,0 +1,18 @@
+"""Adversarial examples and robustness certificates: the package behind the executable course."""
+
+__version__ = "0.1.0"
+
+
+def setup(seed=0, threads=1):
+    """Prepare a notebook: seed torch, set the number of threads, apply the plot style, return the device to use.
+
+    One thread by default: two torch threads on a busy two-core machine cost ten times the time.
+    """
+    import torch
+
+    from advcourse import plot
+
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    plot.use_style()
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

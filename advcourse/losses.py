@@ -1,0 +1,49 @@
+"""Losses an attack can raise: logits [n, c] and labels [n] -> [n], larger means nearer to a mistake on y.
+
+An untargeted attack goes up the loss of the true class; a targeted attack goes down the loss of its target.
+"""
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Logit of y minus the best other logit, [n, c], [n] -> [n]: positive when y wins. The course's yardstick."""
+    true = logits.gather(1, y[:, None])[:, 0]
+    return true - logits.scatter(1, y[:, None], -torch.inf).amax(1)
+
+
+def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Minus the margin: unlike cross-entropy it has no vanishing gradient where the network is confident."""
+    return -margin(logits, y)
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """The training loss -log softmax_y (goodfellow2015explaining raises it)."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference-of-logits ratio: minus the margin over the spread of the three largest logits (croce2020reliable).
+
+    Unchanged when all logits are shifted or scaled; with two classes, where no third logit exists, the spread is that of
+    the two.
+    """
+    top = logits.topk(min(3, logits.shape[1]), 1).values
+    return -margin(logits, y) / (top[:, 0] - top[:, -1]).clamp_min(1e-12)
+
+
+BY_NAME: dict[str, Loss] = {"cross_entropy": cross_entropy, "margin": margin_loss, "dlr": dlr}
+
+
+def get(loss: str | Loss) -> Loss:
+    """The loss of this name, or the function itself; ValueError for an unknown name."""
+    if callable(loss):
+        return loss
+    if loss not in BY_NAME:
+        raise ValueError(f"loss={loss!r} is unknown: choose {', '.join(BY_NAME)} or pass a function")
+    return BY_NAME[loss]

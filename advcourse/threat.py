@@ -1,0 +1,203 @@
+"""The geometry that attacks, certificates and trainers share: the ball around an image, cut by the box of valid images.
+
+An image batch is a float tensor [n, *shape] with values in the box [0, 1]. A norm is one of `inf`, 2, 1, 0, and a ball
+of radius `eps` holds the images whose `distance` to x is at most eps (for norm 0: at most eps values differ).
+"""
+from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from advcourse import noise
+
+NORMS = (inf, 2, 1, 0)
+
+
+class Interval(NamedTuple):
+    """Element-wise bounds: lower <= value <= upper, two tensors of the same shape."""
+
+    lower: Tensor
+    upper: Tensor
+
+
+def _flat(v: Tensor, x: Tensor) -> Tensor:
+    """A number or one number an image, [n], shaped to multiply an image batch."""
+    return torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def check_norm(norm) -> None:
+    """Raise ValueError unless norm is inf, 2, 1 or 0."""
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r} is unknown: choose inf, 2, 1 or 0")
+
+
+def check_images(x: Tensor, name: str = "x") -> None:
+    """Raise ValueError unless x is a float batch [n, *shape] without NaN and inside the box [0, 1]."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+        got = f"{x.dtype} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} is not a float tensor [n, *shape]: got {got}")
+    if x.numel() and not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name} holds NaN or infinity in {int((~torch.isfinite(x)).flatten(1).any(1).sum())} image(s)")
+    if x.numel() and (x.min() < 0 or x.max() > 1):
+        raise ValueError(f"{name} leaves the box [0, 1]: its values go from {x.min():.4g} to {x.max():.4g}")
+
+
+def check_labels(y: Tensor, n: int, classes: int | None = None, name: str = "y") -> None:
+    """Raise ValueError unless y is an int64 tensor [n] with values in 0..classes-1."""
+    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (n,):
+        got = f"{y.dtype} of shape {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"{name} is not an int64 tensor [{n}]: got {got}")
+    if classes is not None and n and (y.min() < 0 or y.max() >= classes):
+        raise ValueError(f"{name} has labels out of range 0..{classes - 1}: {y.min().item()} to {y.max().item()}")
+
+
+def check_eps(eps, name: str = "eps") -> None:
+    """Raise ValueError unless eps, a number or a tensor, is at least 0 and not NaN."""
+    if not bool((torch.as_tensor(eps) >= 0).all()):
+        raise ValueError(f"{name}={eps!r} is not a radius: it must be 0 or more")
+
+
+def distance(a: Tensor, x: Tensor, norm=inf) -> Tensor:
+    """The distance ||a - x|| of every image, [n, *shape] -> [n]; norm 0 counts the values that differ."""
+    check_norm(norm)
+    d = (a - x).flatten(1)
+    if norm == inf:
+        return d.abs().amax(1)
+    if norm == 2:
+        return d.norm(dim=1)
+    return d.abs().sum(1) if norm == 1 else (d != 0).sum(1).to(x.dtype)
+
+
+def project(a: Tensor, x: Tensor, eps, norm=inf) -> Tensor:
+    """The point of (ball of radius eps around x) ∩ (box [0, 1]) that is nearest to a in Euclidean distance.
+
+    Exact, not the usual "ball first, box second", which for l2 and l1 is nearer to x than it needs to be. x must lie
+    in the box; eps is a number or one number an image, [n]. In real arithmetic; floats land within rounding of the
+    sphere, and never outside the box.
+    """
+    check_norm(norm)
+    e = _flat(eps, x)
+    if norm == inf:
+        return torch.minimum(torch.maximum(a, x - e), x + e).clamp(0, 1)
+    d = (a - x).flatten(1)
+    size, e = d.abs(), e.reshape(-1, 1)
+    room = torch.where(d > 0, 1 - x.flatten(1), x.flatten(1))  # how far this coordinate may go in the direction of d
+    if norm == 2:
+        size = _shrink_l2(size, room, e)
+    elif norm == 1:
+        size = _shrink_l1(size, room, e)
+    else:
+        gain = size**2 - (size - torch.minimum(size, room)) ** 2  # what moving this coordinate is worth
+        rank = gain.argsort(dim=1, descending=True, stable=True).argsort(1)
+        size = torch.where(rank < e.floor(), torch.minimum(size, room), 0)
+    return (x + (d.sign() * size).reshape(x.shape)).clamp(0, 1)
+
+
+def _shrink_l2(size: Tensor, room: Tensor, e: Tensor) -> Tensor:
+    """min(t size, room) with the largest t <= 1 whose norm is at most e: coordinates reach their room one by one."""
+    capped = torch.minimum(size, room)
+    fits = capped.norm(dim=1, keepdim=True) <= e
+    at = torch.where(size > 0, room / size.clamp_min(torch.finfo(size.dtype).tiny), torch.inf)  # the t at which it does
+    at, order = at.sort(1)
+    r2, s2 = room.gather(1, order) ** 2, size.gather(1, order) ** 2
+    done = torch.cumsum(r2, 1) - r2  # squared length of those already at their room, before each breakpoint
+    left = s2.flip(1).cumsum(1).flip(1)  # squared slope of those still moving
+    t = ((e**2 - done).clamp_min(0) / left.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()
+    t = torch.where(t <= at, t, 0).amax(1, keepdim=True)  # the segment that contains its own solution
+    return torch.where(fits, capped, torch.minimum(t * size, room))
+
+
+def _shrink_l1(size: Tensor, room: Tensor, e: Tensor) -> Tensor:
+    """clip(size - t, 0, room) with the smallest t >= 0 whose sum is at most e (soft threshold; duchi2008efficient)."""
+    capped = torch.minimum(size, room)
+    fits = capped.sum(1, keepdim=True) <= e
+    knots, order = torch.cat([size, (size - room).clamp_min(0)], 1).sort(1, descending=True)  # the sum is linear between
+    change = torch.cat([torch.ones_like(size), -torch.ones_like(size)], 1)
+    slope = change.gather(1, order).cumsum(1)  # how many coordinates follow t just below each knot
+    total = torch.zeros_like(knots)
+    total[:, 1:] = ((knots[:, :-1] - knots[:, 1:]) * slope[:, :-1]).cumsum(1)  # the sum at each knot
+    k = ((total <= e).sum(1, keepdim=True) - 1).clamp_min(0)  # the last knot whose sum is still allowed
+    t = knots.gather(1, k) - (e - total.gather(1, k)) / slope.gather(1, k).clamp_min(1)
+    return torch.where(fits, capped, torch.minimum((size - t).clamp_min(0), room))
+
+
+def steepest(gradient: Tensor, norm=inf, x: Tensor | None = None) -> Tensor:
+    """The step of length one that raises a linear function most: the maximiser of <gradient, step> over ||step|| <= 1.
+
+    Given x, components that would leave the box at once are dropped first: on digits most pixels are at 0 or 1, and a
+    step that spends its length on them does not move. A zero gradient gives a zero step. For norm 0 one value moves,
+    by the sign of its gradient.
+    """
+    check_norm(norm)
+    if x is not None:
+        gradient = torch.where(((x <= 0) & (gradient < 0)) | ((x >= 1) & (gradient > 0)), 0, gradient)
+    if norm == inf:
+        return gradient.sign()
+    g = gradient.flatten(1)
+    if norm == 2:
+        g = g / g.abs().amax(1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)  # no underflow in the squares
+        return (g / g.norm(dim=1, keepdim=True).clamp_min(1e-12)).reshape(gradient.shape)
+    step = torch.zeros_like(g)
+    best = g.abs().argmax(1, keepdim=True)
+    return step.scatter(1, best, g.gather(1, best).sign()).reshape(gradient.shape)
+
+
+def linear_maximiser(gradient: Tensor, x: Tensor, eps, norm=inf) -> Tensor:
+    """The image of ball ∩ box where the linear function <gradient, .> is largest: the best single step there is.
+
+    Exact for every norm: l-infinity moves each value by eps, l2 runs along the gradient until the ball is met while values
+    at the box stay there, l1 spends eps on the largest gradients first, l0 moves the floor(eps) values that gain most.
+    """
+    check_norm(norm)
+    g, e = gradient.flatten(1), _flat(eps, x).reshape(-1, 1)
+    room = torch.where(g > 0, 1 - x.flatten(1), x.flatten(1)) * (g != 0)
+    g = g.abs() / g.abs().amax(1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
+    if norm == inf:
+        size = torch.minimum(room, e)
+    elif norm == 2:
+        size = _shrink_l2(g * 1e8, room, e)
+    elif norm == 1:
+        order = g.argsort(dim=1, descending=True, stable=True)
+        first = room.gather(1, order)
+        spent = torch.minimum((e - (first.cumsum(1) - first)).clamp_min(0), first)
+        size = torch.zeros_like(g).scatter(1, order, spent)
+    else:
+        rank = (g * room).argsort(dim=1, descending=True, stable=True).argsort(1)
+        size = torch.where(rank < e.floor(), room, 0)
+    return (x + gradient.sign() * size.reshape(x.shape)).clamp(0, 1)
+
+
+def sample(x: Tensor, eps, norm, seeds: Tensor, step: int = 0) -> Tensor:
+    """A random image of ball ∩ box for every x: uniform in the ball, then clipped to the box.
+
+    `seeds` [n] come from `noise.seeds(n, generator)`; the same seed and step give the same draw in any batch. For
+    norm 0, floor(eps) values chosen at random become uniform in [0, 1].
+    """
+    check_norm(norm)
+    e, p = _flat(eps, x).reshape(-1, 1), x[0].numel()
+    if norm == inf:
+        d = (2 * noise.uniform(seeds, p, step, x.dtype) - 1) * e
+    elif norm == 0:
+        rank = noise.uniform(seeds, p, 2 * step, x.dtype).argsort(1).argsort(1)
+        fresh = noise.uniform(seeds, p, 2 * step + 1, x.dtype) - x.flatten(1)
+        d = torch.where(rank < e.floor(), fresh, 0)
+    else:
+        if norm == 2:
+            d = noise.normal(seeds, p, 2 * step, x.dtype)
+        else:  # signed exponentials are uniform on the l1 sphere once normalised
+            u = noise.uniform(seeds, p, 2 * step, x.dtype) * 2 - 1
+            d = u.sign() * -torch.log1p(-u.abs())
+        radius = noise.uniform(seeds, 1, 2 * step + 1, x.dtype) ** (1 / p)
+        d = d / d.norm(p=norm, dim=1, keepdim=True).clamp_min(1e-12) * radius * e
+    return project(x + d.reshape(x.shape), x, eps, norm) if norm in (1, 2) else (x + d.reshape(x.shape)).clamp(0, 1)
+
+
+def interval(x: Tensor, eps, norm=inf) -> Interval:
+    """The smallest box that holds ball ∩ [0, 1]^p, element by element (for norm 0 with eps >= 1: the whole box)."""
+    check_norm(norm)
+    check_eps(eps)
+    e = _flat(eps, x)
+    if norm == 0:
+        e = (e >= 1).to(x.dtype)
+    return Interval((x - e).clamp(0, 1), (x + e).clamp(0, 1))
