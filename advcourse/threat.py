@@ -168,6 +168,34 @@ def linear_maximiser(gradient: Tensor, x: Tensor, eps, norm=inf) -> Tensor:
     return (x + gradient.sign() * size.reshape(x.shape)).clamp(0, 1)
 
 
+def nearest_beyond(gradient: Tensor, gap: Tensor, x: Tensor, norm=inf) -> Tensor:
+    """The image z of the box nearest to x with <gradient, z - x> >= gap, [n]: the closed-form attack on a linear model.
+
+    Exact for every norm, found by sorting the values at which pixels meet the box. Where the box is too small to gain `gap`
+    the result is the corner that gains most; where gap <= 0 it is x.
+    """
+    check_norm(norm)
+    size, gap = gradient.flatten(1).abs(), gap.reshape(-1, 1)
+    room = torch.where(gradient.flatten(1) > 0, 1 - x.flatten(1), x.flatten(1)) * (size > 0)
+    tiny = torch.finfo(x.dtype).tiny
+    if norm in (inf, 2):  # each value moves by min(t w, room): find t
+        w = size if norm == 2 else (size > 0).to(x.dtype)
+        at, order = (room / w.clamp_min(tiny)).sort(1)
+        full, rate = (size * room).gather(1, order), (size * w).gather(1, order)
+        done = full.cumsum(1) - full  # gained by those that met the box before this breakpoint
+        t = (gap - done) / rate.flip(1).cumsum(1).flip(1).clamp_min(tiny)
+        t = torch.where(t <= at, t, -inf).amax(1, keepdim=True)  # the segment that contains its own solution, if any does
+        t = torch.where(t == -inf, inf, t.clamp_min(0))
+        move = torch.minimum(torch.where(w > 0, t * w, 0), room)
+    else:  # the best values first, each to the end of its room, the last one as far as needed
+        order = (size if norm == 1 else size * room).argsort(dim=1, descending=True, stable=True)
+        g, r = size.gather(1, order), room.gather(1, order)
+        done = (g * r).cumsum(1) - g * r
+        spent = torch.minimum(((gap - done) / g.clamp_min(tiny)).clamp_min(0), r)
+        move = torch.zeros_like(size).scatter(1, order, spent)
+    return (x + gradient.sign() * move.reshape(x.shape)).clamp(0, 1)
+
+
 def sample(x: Tensor, eps, norm, seeds: Tensor, step: int = 0) -> Tensor:
     """A random image of ball ∩ box for every x: uniform in the ball, then clipped to the box.
 

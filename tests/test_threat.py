@@ -54,6 +54,40 @@ def test_linear_maximiser_is_optimal(seed, norm, eps):
 
 
 @few
+@given(st.integers(0, 10**6), st.sampled_from([inf, 2, 1]), st.floats(0.05, 0.95))
+def test_nearest_beyond_is_the_shortest_way(seed, norm, share):
+    x, a = problem(seed)
+    g = a - 0.5
+    gap = share * (threat.linear_maximiser(g, x, 6, 1) - x).mul(g).sum(1)  # reachable inside the box
+    z = cp.Variable(6)
+    best = cp.Problem(cp.Minimize(cp.norm(z - x[0].numpy(), CVX_NORM[norm])),
+                      [g[0].numpy() @ (z - x[0].numpy()) >= gap.item(), z >= 0, z <= 1]).solve(solver=cp.CLARABEL)
+    ours = threat.nearest_beyond(g, gap, x, norm)
+    assert (g * (ours - x)).sum().item() >= gap.item() - 1e-9
+    assert threat.distance(ours, x, norm).item() == pytest.approx(best, abs=1e-5)
+
+
+@few
+@given(st.integers(0, 10**6), st.floats(0.05, 0.95))
+def test_nearest_beyond_moves_the_fewest_values(seed, share):
+    x, a = problem(seed)
+    g = (a - 0.5)[0]
+    gain = torch.where(g > 0, 1 - x[0], -x[0]) * g
+    gap = share * gain.sum()
+    fewest = next(k for k in range(7) if gain.sort(descending=True).values[:k].sum() >= gap)
+    ours = threat.nearest_beyond(g[None], gap[None], x, 0)
+    assert threat.distance(ours, x, 0).item() == fewest
+
+
+def test_nearest_beyond_where_nothing_or_everything_is_asked():
+    x, g = torch.tensor([[0.0, 0.5, 1.0]]), torch.tensor([[1.0, -1.0, 1.0]])
+    for norm in threat.NORMS:
+        assert torch.equal(threat.nearest_beyond(g, torch.tensor([0.0]), x, norm), x)
+        assert threat.nearest_beyond(g, torch.tensor([9.0]), x, norm).tolist() == [[1, 0, 1]]
+        assert torch.equal(threat.nearest_beyond(0 * g, torch.tensor([1.0]), x, norm), x)
+
+
+@few
 @given(st.integers(0, 10**6), st.integers(0, 6))
 def test_l0_projection_by_enumeration(seed, k):
     x, a = problem(seed)
