@@ -1,6 +1,7 @@
 """The course's networks: plain `nn.Sequential`s from images [n, 1, 28, 28] in [0, 1] to logits [n, classes], and trained
 weights for them, each with a card that says how it came about."""
 import json
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -36,7 +37,7 @@ def cnn(channels: tuple[int, ...] = (8, 16), hidden: int = 64, classes: int = 10
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, Callable[[], nn.Sequential]] = {
     "mnist-mlp": partial(mlp, 784, 100, 10),
     "mnist-mlp50": partial(mlp, 784, 50, 50, 10),
     "mnist-cnn": cnn,
@@ -74,6 +75,20 @@ def card(name: str) -> dict:
     """How a shipped network was trained (data, method, epochs, seed, eps, command, versions) and its accuracies."""
     _check_name(name)
     return json.loads((WEIGHTS / f"{name}.json").read_text())
+
+
+def table() -> list[str]:
+    """The shipped networks as lines of a Markdown table: what they are, how they were trained, how good they are."""
+    cards = [card(name) for name in names()]
+    radii = sorted({e for c in cards for e in c.get("PGD accuracy", {})}, key=float)
+    lines = [f"| network | parameters | training | epochs | clean | {' | '.join(f'PGD {e}' for e in radii)} |",
+             "|---|---:|---|---:|---:|" + "---:|" * len(radii)]
+    for c in cards:
+        method = c["method"] if c["method"] == "standard" else f"{c['method']}, eps {c['eps']}"
+        under = [f"{100 * c['PGD accuracy'][e]:.1f}" if e in c.get("PGD accuracy", {}) else "" for e in radii]
+        lines.append(f"| `{c['name']}` | {c['parameters']:,} | {method} | {c['epochs']} | {100 * c['clean accuracy']:.1f} | "
+                     f"{' | '.join(under)} |")
+    return lines
 
 
 def _check_name(name: str) -> None:

@@ -6,7 +6,6 @@
 """
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from advcourse import data, models, threat
+from advcourse.files import replace
 from advcourse.losses import margin_loss
 
 
@@ -76,7 +76,8 @@ def worst_logits(model: nn.Sequential, x: Tensor, y: Tensor, eps: float) -> Tens
     """
     lower, upper = threat.interval(x, eps)
     centre, width = (upper + lower) / 2, (upper - lower) / 2
-    for layer in model[:-1]:
+    *hidden, last = model
+    for layer in hidden:
         if isinstance(layer, nn.ReLU):
             lower, upper = F.relu(centre - width), F.relu(centre + width)
             centre, width = (upper + lower) / 2, (upper - lower) / 2
@@ -88,17 +89,18 @@ def worst_logits(model: nn.Sequential, x: Tensor, y: Tensor, eps: float) -> Tens
             centre, width = layer(centre), F.conv2d(width, layer.weight.abs(), None, layer.stride, layer.padding)
         else:
             raise ValueError(f"model has a layer {type(layer).__name__}, for which no interval rule is written here")
-    weight, bias = model[-1].weight, model[-1].bias
-    rows = weight[None] - weight[y][:, None]  # [n, classes, hidden]
+    if not isinstance(last, nn.Linear):
+        raise ValueError(f"model ends with a layer {type(last).__name__}, not with a Linear one")
+    rows = last.weight[None] - last.weight[y][:, None]  # [n, classes, hidden]
     bound = rows @ centre[..., None] + rows.abs() @ width[..., None]
-    return bound[..., 0] + bias - bias[y][:, None]
+    return bound[..., 0] + last.bias - last.bias[y][:, None]
 
 
 # ---------------------------------------------------------------- the loop
 
 def initialise(model: nn.Module, method: str, generator: Generator) -> None:
     """Random weights from the generator: uniform within 1/sqrt(fan-in), or, for ibp, normal and small enough that
-    interval widths neither grow nor shrink through the layers (shi2021fast)."""
+    interval widths neither grow nor shrink through the layers (Shi et al., 2021)."""
     for layer in model.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             assert layer.bias is not None
@@ -182,17 +184,6 @@ def _restore(path: Path | None, recipe: Recipe, model, optimiser, generator) -> 
     optimiser.load_state_dict(state["optimiser"])
     generator.set_state(state["generator"])
     return state["log"]
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file beside path, then rename it: path is never half-written."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- shipped networks
