@@ -1,5 +1,6 @@
 """What every attack shares: checks on the way in, the model untouched, queries counted, the best point kept,
 and on the way out a fresh forward pass that decides what counts as success."""
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -27,22 +28,25 @@ class AttackResult:
 
 
 @contextmanager
-def evaluating(model: nn.Module):
-    """The model in eval mode, each module's own mode restored afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode; afterwards each module that was training, and no other, trains again."""
+    training = [m for m in model.modules() if m.training]
+    for m in training:
+        m.training = False
     try:
         yield model
     finally:
-        for m, mode in modes:
-            m.training = mode
+        for m in training:
+            m.training = True
 
 
 class Attempt:
     """One attack on one batch: the question (x, y or target, norm, eps, confidence) and the best answer so far.
 
     An attack calls `logits` or `gradient` (which count queries), hands candidates to `submit`, and ends with `result`.
-    `rows` restricts a call to some images: an index tensor [m] into the batch, with the candidates [m, *shape].
+    `rows` restricts a call to some images: an index tensor [m] into the batch, with the candidates [m, *shape]. The work
+    is done in the floating-point type of the model's parameters. The clean pass is made when `clean`, `open` or `started`
+    is first asked for, unless `gradient(loss)` at the images themselves has already brought its logits.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, *, norm=inf, eps=inf, target: Tensor | None = None,
@@ -52,57 +56,84 @@ class Attempt:
         threat.check_labels(y, len(x))
         threat.check_eps(eps)
         threat.check_eps(confidence, "confidence")
-        self.model, self.x, self.y, self.norm, self.confidence = model, x.detach(), y, norm, confidence
-        self.eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
-        self.target = target
+        if target is not None:
+            threat.check_labels(target, len(x), name="target")
+            if bool((target == y).any()):
+                raise ValueError(f"target equals the label y for image {int((target == y).nonzero()[0])}")
+        if torch.as_tensor(eps).shape not in ((), (len(x),)):
+            raise ValueError(f"eps of shape {list(torch.as_tensor(eps).shape)} is neither a number nor one number an image")
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+        self.model, self.x, self.y, self.target = model, x.detach().to(dtype), y, target
+        self.norm, self.confidence = norm, confidence
+        self.eps = torch.as_tensor(eps, dtype=dtype, device=x.device).expand(len(x))
         self.queries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.seeds = noise.seeds(len(x), generator, x.device)
         self.best = self.x.clone()
-        self.distance = torch.full((len(x),), inf, dtype=x.dtype, device=x.device)
-        if len(x):
-            clean = self.logits(self.x)
-            if clean.dim() != 2 or len(clean) != len(x):
-                raise ValueError(f"model gives logits of shape {list(clean.shape)}, not [{len(x)}, classes]")
-            threat.check_labels(y, len(x), clean.shape[1])
-            if target is not None:
-                threat.check_labels(target, len(x), clean.shape[1], "target")
-                if bool((target == y).any()):
-                    raise ValueError(f"target equals the label y for image {int((target == y).nonzero()[0])}")
-            self.clean = clean
-            self.distance[self.wins(clean)] = 0.0
+        self.distance = torch.full((len(x),), inf, dtype=dtype, device=x.device)
+        self._clean: Tensor | None = None if len(x) else self.x.new_zeros(0, 1)
+
+    @property
+    def clean(self) -> Tensor:
+        """Logits [n, c] of the images themselves."""
+        if self._clean is None:
+            self._meet(self.logits(self.x))
+        assert self._clean is not None
+        return self._clean
+
+    def _meet(self, clean: Tensor) -> None:
+        self._clean = clean
+        self.distance[self.wins(clean)] = 0.0
 
     @property
     def open(self) -> Tensor:
         """Indices [m] of the images not yet broken."""
+        assert self.clean is not None  # asks for the clean pass, which finds the images already wrong
         return (self.distance == inf).nonzero()[:, 0]
 
     @property
     def started(self) -> Tensor:
         """Indices [m] of the images that were not misclassified to begin with: those a minimal attack works on."""
+        assert self.clean is not None
         return (self.distance > 0).nonzero()[:, 0]
 
-    def _pick(self, v: Tensor, rows: Tensor | None) -> Tensor:
-        return v if rows is None else v[rows]
+    def label(self, rows: Tensor | None = None) -> Tensor:
+        """The class the attack speaks about, [m]: the target where there is one, else y."""
+        return _pick(self.y if self.target is None else self.target, rows)
+
+    def _forward(self, a: Tensor) -> Tensor:
+        logits = self.model(a)
+        if self._clean is None:  # the first pass: do the labels fit?
+            if logits.dim() != 2 or len(logits) != len(a) or logits.shape[1] < 2:
+                raise ValueError(f"model gives logits of shape {list(logits.shape)}, not [{len(a)}, classes]")
+            threat.check_labels(self.y, len(self.x), logits.shape[1])
+            if self.target is not None:
+                threat.check_labels(self.target, len(self.x), logits.shape[1], "target")
+        return logits
 
     def logits(self, a: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits [m, c] of the candidates a, without gradient; one query an image."""
         self._count(1, rows)
         with evaluating(self.model), torch.no_grad():
-            return self.model(a)
+            return self._forward(a)
 
-    def gradient(self, loss: Loss, a: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient(self, loss: Loss, a: Tensor | None = None, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(logits [m, c], values [m], gradient [m, *shape]) of the loss, signed so that going up serves the attack.
 
-        Two queries an image. Parameters get no gradient; a gradient that is NaN or infinite becomes 0.
+        Without `a`, at the images themselves. Two queries an image. Parameters get no gradient; a gradient that is NaN or
+        infinite becomes 0.
         """
         self._count(2, rows)
         with evaluating(self.model), torch.enable_grad():
-            a = a.detach().requires_grad_()
-            logits = self.model(a)
-            value = loss(logits, self._pick(self.y, rows)) if self.target is None else \
-                -loss(logits, self._pick(self.target, rows))
-            g, = torch.autograd.grad(value.sum(), a)
-        return logits.detach(), value.detach(), torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0)
+            at = (self.x if a is None else a).detach().requires_grad_()
+            logits = self._forward(at)
+            value = loss(logits, self.label(rows))
+            value = value if self.target is None else -value
+            g, = torch.autograd.grad(value.sum(), at)
+        if not bool(torch.isfinite(g.sum())):
+            g = torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0)
+        if a is None and self._clean is None:
+            self._meet(logits.detach())
+        return logits.detach(), value.detach(), g
 
     def _count(self, k: int, rows: Tensor | None) -> None:
         if rows is None:
@@ -112,7 +143,7 @@ class Attempt:
 
     def wins(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
         """[m] bool: the candidates with these logits are adversarial, with the confidence asked for; NaN never is."""
-        label = self._pick(self.y, rows) if self.target is None else self._pick(self.target, rows)
+        label = self.label(rows)
         m = margin(logits, label)
         if self.target is None:
             return (logits.argmax(1) != label) & (m <= -self.confidence)
@@ -120,23 +151,41 @@ class Attempt:
 
     def submit(self, a: Tensor, logits: Tensor, rows: Tensor | None = None) -> Tensor:
         """Keep the candidates that are adversarial, in the ball and nearer than the best so far; returns who won, [m]."""
-        x, eps, best = self._pick(self.x, rows), self._pick(self.eps, rows), self._pick(self.distance, rows)
         won = self.wins(logits, rows)
-        d = threat.distance(a, x, self.norm)
-        better = won & (d < best) & (d <= eps * (1 + 1e-5) + 1e-7)
-        index = better.nonzero()[:, 0] if rows is None else rows[better]
-        self.best[index], self.distance[index] = a[better].detach(), d[better]
+        if not bool(won.any()):
+            return won
+        index = torch.arange(len(self.x), device=a.device)[won] if rows is None else rows[won]
+        a = a[won].detach()
+        d = threat.distance(a, self.x[index], self.norm)
+        better = (d < self.distance[index]) & within(d, self.eps[index])
+        self.best[index[better]], self.distance[index[better]] = a[better], d[better]
         return won
 
-    def result(self) -> AttackResult:
-        """Re-check the best points by a fresh forward pass, in the box and the ball; what fails the check is no success."""
+    def result(self, last: Tensor | None = None, rows: Tensor | None = None) -> AttackResult:
+        """Judge the best points by a fresh forward pass, in the box and the ball; what fails the check is no success.
+
+        `last` [m, *shape]: candidates nobody has judged yet; images still open take theirs, and this pass judges them.
+        """
         if not len(self.x):
             return AttackResult(self.best, self.distance == 0, self.distance, self.queries)
-        found = self.distance < inf
+        if last is not None:
+            index = torch.arange(len(self.x), device=last.device) if rows is None else rows
+            undecided = self.distance[index] == inf
+            self.best[index[undecided]] = last[undecided].detach()
+            self.queries[index[undecided]] += 1
         with evaluating(self.model), torch.no_grad():
             logits = self.model(self.best)
         d = threat.distance(self.best, self.x, self.norm)
-        inside = (self.best >= 0).flatten(1).all(1) & (self.best <= 1).flatten(1).all(1)
-        success = found & self.wins(logits) & inside & (d <= self.eps * (1 + 1e-5) + 1e-7)
+        low, high = self.best.flatten(1).aminmax(dim=1)
+        success = self.wins(logits) & (low >= 0) & (high <= 1) & within(d, self.eps)
         flat = success.reshape(-1, *[1] * (self.x.dim() - 1))
         return AttackResult(torch.where(flat, self.best, self.x), success, torch.where(success, d, inf), self.queries)
+
+
+def _pick(v: Tensor, rows: Tensor | None) -> Tensor:
+    return v if rows is None else v[rows]
+
+
+def within(d: Tensor, eps: Tensor) -> Tensor:
+    """Is the distance at most eps, up to the rounding of a projection in single precision?"""
+    return d <= eps * (1 + 1e-5) + 1e-7

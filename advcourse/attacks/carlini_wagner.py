@@ -1,0 +1,154 @@
+"""Carlini and Wagner's attack: minimise distance + lambda * objective, with lambda found by bisection for every image.
+
+The seven objectives f1..f7 of the paper are functions of m, the best rival's score minus the target's, so that f <= 0 where
+the target wins. Two are printed wrongly in the paper: f1 has the wrong sign, f5 takes the logarithm of a negative number.
+Repaired, both say "the target has more than half of the probability" in the same way; chapter 6 shows it.
+"""
+from math import inf, log
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advcourse import threat
+from advcourse.attacks.attempt import AttackResult, Attempt
+from advcourse.attacks.fast_minimal import tighten
+from advcourse.losses import margin
+
+
+def objective(logits: Tensor, t: Tensor, number: int = 6, confidence: float = 0.0, avoid: bool = False) -> Tensor:
+    """Objective f_number of carlini2017towards, [n, c], [n] -> [n]: small where class t wins, or, with `avoid`, where t loses.
+
+    2, 3 (on probabilities) and 6, 7 (on logits) have f <= 0 exactly when t wins (ties included); 1, 4, 5 ask for a
+    probability of one half, which is enough but not necessary with more than two classes. `confidence` is a logit margin and
+    shifts objectives 6 and 7. With `avoid`, 1, 4 and 5 speak of the probability of not being t.
+    """
+    if number not in range(1, 8):
+        raise ValueError(f"objective={number!r} is unknown: choose 1..7")
+    if number in (1, 4, 5):
+        p = F.softmax(logits, 1).gather(1, t[:, None])[:, 0]
+        log_p = F.log_softmax(logits, 1)
+        own = log_p.gather(1, t[:, None])[:, 0]
+        if avoid:
+            p, own = 1 - p, log_p.scatter(1, t[:, None], -inf).logsumexp(1)
+        return (0.5 - p).clamp_min(0) if number == 4 else -own - log(2)
+    scores = F.softmax(logits, 1) if number in (2, 3) else logits
+    m = margin(scores, t) if avoid else -margin(scores, t)
+    if number in (6, 7):
+        m = m + confidence
+    return m.clamp_min(0) if number in (2, 6) else F.softplus(m) - log(2)
+
+
+def carlini_wagner(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, objective: int = 6, target: Tensor | None = None,
+                   confidence: float = 0.0, eps=inf, search_steps: int = 6, steps: int = 40, rate: float = 0.05,
+                   weight: float = 1.0, change_of_variable: bool = False, polish: int = 10,
+                   generator: torch.Generator | None = None) -> AttackResult:
+    """The Carlini-Wagner attack in norm 2, 0 or inf, targeted or not (carlini2017towards).
+
+    Returns the nearest adversarial image seen. Adam on the image itself, clipped to the box, or, with `change_of_variable`, on w
+    of a = (tanh w + 1) / 2 as in the paper: slow where pixels start at 0 or 1, since tanh is flat there. `search_steps` rounds
+    of `steps` iterations; between rounds the weight lambda of an image halves its interval in log scale, and each round
+    starts at the image's best point. Norm 0 freezes the pixels that matter least, norm inf charges what exceeds a threshold
+    that shrinks. `polish` jumps of `tighten` end the attack (0: as published).
+    Errors as for `fgsm`; ValueError for norm 1, an unknown objective, or a confidence with objectives 1 to 5.
+    """
+    if norm == 1:
+        raise ValueError("norm=1: this attack is defined for norms 2, 0 and inf; fmn does norm 1")
+    if confidence and objective not in (6, 7):
+        raise ValueError(f"confidence={confidence}: a logit margin, which only objectives 6 and 7 know, not {objective}")
+    attempt = Attempt(model, x, y, norm=norm, eps=eps, target=target, confidence=confidence, generator=generator)
+    descend = _Descent(attempt, objective, steps, rate, change_of_variable)
+    if norm == 2:
+        _search(attempt, descend, search_steps, weight)
+    elif norm == 0:
+        _freeze(attempt, descend, search_steps, weight)
+    else:
+        _threshold(attempt, descend, search_steps, weight)
+    tighten(attempt, polish)
+    return attempt.result()
+
+
+class _Descent:
+    """Adam on penalty(a - x) + lambda f(a), row by row: no image's path depends on its neighbours."""
+
+    def __init__(self, attempt: Attempt, number: int, steps: int, rate: float, tanh: bool):
+        sign = 1.0 if attempt.target is not None else -1.0  # attempt.gradient goes up; targeted attempts flip the sign
+        objective(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), number)  # names an unknown number at once
+        self.attempt, self.steps, self.rate, self.tanh = attempt, steps, rate, tanh
+        self.loss = lambda s, k: sign * objective(s, k, number, attempt.confidence, avoid=attempt.target is None)
+
+    def __call__(self, rows: Tensor, start: Tensor, weight: Tensor, slope, allowed: Tensor | None = None) -> Tensor:
+        """Descend from `start`; `slope(delta)` is the gradient of the penalty. Returns who became adversarial, [m]."""
+        x, c = self.attempt.x[rows], weight.reshape(-1, *[1] * (start.dim() - 1))
+        a, won = start.clone(), torch.zeros(len(rows), dtype=torch.bool, device=x.device)
+        w = torch.atanh((2 * a - 1) * (1 - 1e-6))
+        first, second = torch.zeros_like(a), torch.zeros_like(a)
+        for k in range(1, self.steps + 1):
+            logits, _, up = self.attempt.gradient(self.loss, a, rows)
+            won |= self.attempt.submit(a, logits, rows)
+            g = slope(a - x) - c * up
+            if self.tanh:
+                g = g * 2 * a * (1 - a)  # da/dw
+            if allowed is not None:
+                g = torch.where(allowed, g, 0)
+            first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
+            step = self.rate * (1 - 0.9 * k / self.steps) * first / (1 - 0.9**k) / ((second / (1 - 0.999**k)).sqrt() + 1e-8)
+            if self.tanh:
+                w = w - step
+                a = (torch.tanh(w) + 1) / 2
+            else:
+                a = (a - step).clamp(0, 1)
+            if allowed is not None:
+                a = torch.where(allowed, a, x)
+        won |= self.attempt.submit(a, self.attempt.logits(a, rows), rows)
+        return won
+
+
+def _search(attempt: Attempt, descend: _Descent, rounds: int, weight: float) -> None:
+    rows = attempt.started
+    low, c = torch.zeros_like(attempt.distance[rows]), torch.full_like(attempt.distance[rows], weight)
+    high = torch.full_like(c, inf)
+    for _ in range(rounds if len(rows) else 0):
+        won = descend(rows, attempt.best[rows], c, lambda d: 2 * d)
+        low, high = torch.where(won, low, torch.maximum(low, c)), torch.where(won, torch.minimum(high, c), high)
+        c = torch.where(high == inf, c * 10, torch.where(low == 0, c / 10, (low * high).sqrt()))
+
+
+def _freeze(attempt: Attempt, descend: _Descent, rounds: int, weight: float) -> None:
+    rows = attempt.started
+    c, share = torch.full_like(attempt.distance[rows], weight), torch.full_like(attempt.distance[rows], 0.4)
+    for _ in range(rounds):  # any adversarial image at all
+        if not len(rows):
+            return
+        lost = attempt.distance[rows] == inf
+        descend(rows[lost], attempt.x[rows[lost]], c[lost], lambda d: 2 * d)
+        c = torch.where(attempt.distance[rows] == inf, c * 10, c)
+    c, share, rows = c[attempt.distance[rows] < inf], share[attempt.distance[rows] < inf], rows[attempt.distance[rows] < inf]
+    for _ in range(4 * rounds):  # then with ever fewer pixels, those kept for which the gradient expects most
+        if not len(rows):
+            return
+        x, best, before = attempt.x[rows], attempt.best[rows], attempt.distance[rows]
+        _, _, up = attempt.gradient(descend.loss, best, rows)
+        worth = torch.where(best != x, (up * (best - x)).abs() + 1e-12, -1.0).flatten(1)
+        drop = (before * share).ceil().clamp_min(1)
+        rank = worth.argsort(dim=1, descending=True, stable=True).argsort(1)
+        keep = (rank < (before - drop)[:, None]).reshape(x.shape)
+        descend(rows, torch.where(keep, best, x), c, lambda d: 2 * d, keep)
+        better = attempt.distance[rows] < before
+        going = better | (drop > 1)
+        share = torch.where(better, share, share / 2)[going]
+        rows, c = rows[going], c[going]
+
+
+def _threshold(attempt: Attempt, descend: _Descent, rounds: int, weight: float) -> None:
+    rows = attempt.started
+    c = torch.full_like(attempt.distance[rows], weight)
+    tau = torch.full_like(c, 0.3)
+    for _ in range(3 * rounds if len(rows) else 0):
+        def slope(d, limit=tau.reshape(-1, *[1] * (attempt.x.dim() - 1))):
+            return torch.where(d.abs() > limit, d.sign(), 0)
+        before = attempt.distance[rows]
+        descend(rows, attempt.best[rows], c, slope)
+        now = attempt.distance[rows]
+        tau = torch.where(now < before, torch.minimum(tau, now) * 0.9, tau)
+        c = torch.where(now < before, c, c * 4)
