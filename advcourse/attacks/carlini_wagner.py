@@ -4,13 +4,13 @@ The seven objectives f1..f7 of the paper are functions of m, the best rival's sc
 the target wins. Two are printed wrongly in the paper: f1 has the wrong sign, f5 takes the logarithm of a negative number.
 Repaired, both say "the target has more than half of the probability" in the same way; chapter 6 shows it.
 """
+from functools import partial
 from math import inf, log
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advcourse import threat
 from advcourse.attacks.attempt import AttackResult, Attempt
 from advcourse.attacks.fast_minimal import tighten
 from advcourse.losses import margin
@@ -133,11 +133,16 @@ def _freeze(attempt: Attempt, descend: _Descent, rounds: int, weight: float) -> 
         drop = (before * share).ceil().clamp_min(1)
         rank = worth.argsort(dim=1, descending=True, stable=True).argsort(1)
         keep = (rank < (before - drop)[:, None]).reshape(x.shape)
-        descend(rows, torch.where(keep, best, x), c, lambda d: 2 * d, keep)
+        descend(rows, torch.where(keep, best, x), 100 * c, lambda d: 2 * d, keep)
         better = attempt.distance[rows] < before
         going = better | (drop > 1)
         share = torch.where(better, share, share / 2)[going]
         rows, c = rows[going], c[going]
+
+
+def _excess(d: Tensor, limit: Tensor) -> Tensor:
+    """Gradient of sum (|d| - limit)+."""
+    return torch.where(d.abs() > limit, d.sign(), 0)
 
 
 def _threshold(attempt: Attempt, descend: _Descent, rounds: int, weight: float) -> None:
@@ -145,10 +150,8 @@ def _threshold(attempt: Attempt, descend: _Descent, rounds: int, weight: float) 
     c = torch.full_like(attempt.distance[rows], weight)
     tau = torch.full_like(c, 0.3)
     for _ in range(3 * rounds if len(rows) else 0):
-        def slope(d, limit=tau.reshape(-1, *[1] * (attempt.x.dim() - 1))):
-            return torch.where(d.abs() > limit, d.sign(), 0)
-        before = attempt.distance[rows]
-        descend(rows, attempt.best[rows], c, slope)
+        before, limit = attempt.distance[rows], tau.reshape(-1, *[1] * (attempt.x.dim() - 1))
+        descend(rows, attempt.best[rows], c, partial(_excess, limit=limit))
         now = attempt.distance[rows]
         tau = torch.where(now < before, torch.minimum(tau, now) * 0.9, tau)
         c = torch.where(now < before, c, c * 4)
