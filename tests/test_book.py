@@ -131,3 +131,18 @@ def test_nothing_from_another_host():
     """Styles, scripts and pages load nothing from elsewhere (links to elsewhere are for the reader to follow)."""
     for path in [*BOOK.glob("static/*.*"), *PAGES]:
         assert not re.search(r"""(src=|url\(|@import\s)["']?https?:""", path.read_text(encoding="utf-8")), path.name
+
+
+def test_readme_shows_the_shipped_models():
+    """The block between the two comments is what the command in the first one prints."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- begin: python -m advcourse models -->\n(.*?)<!-- end -->", text, re.DOTALL)[1]
+    printed = subprocess.run([sys.executable, "-m", "advcourse", "models"], capture_output=True, text=True, check=True).stdout
+    assert block.strip() == printed.strip()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", BOOK / "how-to-use.md"], ids=lambda p: p.stem)
+def test_code_in_prose_runs(page, capsys):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        exec(compile(block, page.name, "exec"), {})
+    assert capsys.readouterr().out.strip()
