@@ -37,10 +37,13 @@ def check_images(x: Tensor, name: str = "x") -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
         got = f"{x.dtype} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} is not a float tensor [n, *shape]: got {got}")
-    if x.numel() and not bool(torch.isfinite(x).all()):
+    if not x.numel():
+        return
+    low, high = x.aminmax()  # NaN if there is one
+    if not bool(torch.isfinite(high - low)):
         raise ValueError(f"{name} holds NaN or infinity in {int((~torch.isfinite(x)).flatten(1).any(1).sum())} image(s)")
-    if x.numel() and (x.min() < 0 or x.max() > 1):
-        raise ValueError(f"{name} leaves the box [0, 1]: its values go from {x.min():.4g} to {x.max():.4g}")
+    if low < 0 or high > 1:
+        raise ValueError(f"{name} leaves the box [0, 1]: its values go from {low:.4g} to {high:.4g}")
 
 
 def check_labels(y: Tensor, n: int, classes: int | None = None, name: str = "y") -> None:
@@ -94,17 +97,40 @@ def project(a: Tensor, x: Tensor, eps, norm=inf) -> Tensor:
     return (x + (d.sign() * size).reshape(x.shape)).clamp(0, 1)
 
 
+def _level(rate: Tensor, cap: Tensor, goal: Tensor) -> Tensor:
+    """The smallest t >= 0 with sum_i min(t rate_i, cap_i) >= goal, [n, p], [n, p], [n, 1] -> [n, 1]; inf where there is none.
+
+    Newton's method. The sum is concave and piecewise linear in t, so from the left each step solves the current piece,
+    never passes the answer, and ends on it after finitely many pieces.
+    """
+    t, open_ = torch.zeros_like(goal), torch.ones_like(goal, dtype=torch.bool)
+    for _ in range(100):
+        growing = t * rate < cap
+        slope = (rate * growing).sum(1, keepdim=True)
+        new = torch.where(goal > 0, (goal - torch.where(growing, 0, cap).sum(1, keepdim=True)) / slope, 0)
+        open_ = open_ & (new > t) & (new < inf)
+        t = torch.where(new > t, new, t)
+        if not bool(open_.any()):
+            break
+    return t
+
+
 def _shrink_l2(size: Tensor, room: Tensor, e: Tensor) -> Tensor:
-    """min(t size, room) with the largest t <= 1 whose norm is at most e: coordinates reach their room one by one."""
+    """min(t size, room) with the largest t whose norm is at most e, or all of min(size, room) where that fits.
+
+    Water-filling: solve for t as if no further coordinate met its room, find those that do, solve again; t only rises and the
+    loop ends when no coordinate joins.
+    """
     capped = torch.minimum(size, room)
     fits = capped.norm(dim=1, keepdim=True) <= e
-    at = torch.where(size > 0, room / size.clamp_min(torch.finfo(size.dtype).tiny), torch.inf)  # the t at which it does
-    at, order = at.sort(1)
-    r2, s2 = room.gather(1, order) ** 2, size.gather(1, order) ** 2
-    done = torch.cumsum(r2, 1) - r2  # squared length of those already at their room, before each breakpoint
-    left = s2.flip(1).cumsum(1).flip(1)  # squared slope of those still moving
-    t = ((e**2 - done).clamp_min(0) / left.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()
-    t = torch.where(t <= at, t, 0).amax(1, keepdim=True)  # the segment that contains its own solution
+    size2, room2, t = size**2, room**2, torch.zeros_like(e.expand(len(size), 1))
+    for _ in range(size.shape[1] + 1):
+        full = t * size >= room
+        left = (e**2 - torch.where(full, room2, 0).sum(1, keepdim=True)).clamp_min(0)
+        rise = (left / torch.where(full, 0, size2).sum(1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)).sqrt()
+        if bool((fits | (rise <= t)).all()):
+            break
+        t = torch.maximum(t, rise)
     return torch.where(fits, capped, torch.minimum(t * size, room))
 
 
@@ -150,13 +176,14 @@ def linear_maximiser(gradient: Tensor, x: Tensor, eps, norm=inf) -> Tensor:
     at the box stay there, l1 spends eps on the largest gradients first, l0 moves the floor(eps) values that gain most.
     """
     check_norm(norm)
+    if norm == inf:
+        return (x + _flat(eps, x) * gradient.sign()).clamp(0, 1)
     g, e = gradient.flatten(1), _flat(eps, x).reshape(-1, 1)
     room = torch.where(g > 0, 1 - x.flatten(1), x.flatten(1)) * (g != 0)
     g = g.abs() / g.abs().amax(1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
-    if norm == inf:
-        size = torch.minimum(room, e)
-    elif norm == 2:
-        size = _shrink_l2(g * 1e8, room, e)
+    if norm == 2:
+        t = _level(g**2, room**2, e**2).sqrt()
+        size = torch.minimum(torch.where(g > 0, t * g, 0), room)
     elif norm == 1:
         order = g.argsort(dim=1, descending=True, stable=True)
         first = room.gather(1, order)
@@ -171,8 +198,8 @@ def linear_maximiser(gradient: Tensor, x: Tensor, eps, norm=inf) -> Tensor:
 def nearest_beyond(gradient: Tensor, gap: Tensor, x: Tensor, norm=inf) -> Tensor:
     """The image z of the box nearest to x with <gradient, z - x> >= gap, [n]: the closed-form attack on a linear model.
 
-    Exact for every norm, found by sorting the values at which pixels meet the box. Where the box is too small to gain `gap`
-    the result is the corner that gains most; where gap <= 0 it is x.
+    Exact for every norm. Where the box is too small to gain `gap` the result is the corner that gains most; where
+    gap <= 0 it is x.
     """
     check_norm(norm)
     size, gap = gradient.flatten(1).abs(), gap.reshape(-1, 1)
@@ -180,12 +207,7 @@ def nearest_beyond(gradient: Tensor, gap: Tensor, x: Tensor, norm=inf) -> Tensor
     tiny = torch.finfo(x.dtype).tiny
     if norm in (inf, 2):  # each value moves by min(t w, room): find t
         w = size if norm == 2 else (size > 0).to(x.dtype)
-        at, order = (room / w.clamp_min(tiny)).sort(1)
-        full, rate = (size * room).gather(1, order), (size * w).gather(1, order)
-        done = full.cumsum(1) - full  # gained by those that met the box before this breakpoint
-        t = (gap - done) / rate.flip(1).cumsum(1).flip(1).clamp_min(tiny)
-        t = torch.where(t <= at, t, -inf).amax(1, keepdim=True)  # the segment that contains its own solution, if any does
-        t = torch.where(t == -inf, inf, t.clamp_min(0))
+        t = _level(size * w, size * room, gap)
         move = torch.minimum(torch.where(w > 0, t * w, 0), room)
     else:  # the best values first, each to the end of its room, the last one as far as needed
         order = (size if norm == 1 else size * room).argsort(dim=1, descending=True, stable=True)
