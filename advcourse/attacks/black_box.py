@@ -13,31 +13,59 @@ from advcourse.losses import margin
 def random_search(model: nn.Module, x: Tensor, y: Tensor, *, eps, norm=inf, queries: int = 1000,
                   target: Tensor | None = None, confidence: float = 0.0,
                   generator: torch.Generator | None = None) -> AttackResult:
-    """Random search on the margin: guess a gradient, redraw a share of the guess, keep it if the margin gets no better.
+    """Random search on the margin: guess a gradient, redraw a share of the guess, keep it unless the margin rises.
 
-    A guess stands for the image of ball ∩ box that would be best if it were the gradient (`threat.linear_maximiser`), so
-    every candidate uses the whole budget, in every norm. The share redrawn falls from a half to a few coordinates.
-    Asks the model at most `queries` times an image, besides the one look at x; an image broken asks no more. Fixed
-    radius: a success has distance <= eps. ValueError as for `fgsm` and for a negative number of queries.
+    A guess stands for the image of ball ∩ box that would be best if it were the gradient (`threat.linear_maximiser`): so
+    every candidate spends the whole budget, in every norm. The share redrawn falls from 30 % to three values. Asks the
+    model at most `queries` times an image, besides the one look at x; a broken image asks no more. Fixed radius: a success
+    has distance <= eps. ValueError as for `fgsm`, and for a negative number of queries.
     """
     if queries < 0:
         raise ValueError(f"queries={queries!r} is negative")
     attempt = Attempt(model, x, y, norm=norm, eps=eps, target=target, confidence=confidence, generator=generator)
-    rows, p = attempt.open, x[0].numel() if len(x) else 0
+    rows, x = attempt.open, attempt.x
+    p = x[0].numel() if len(x) else 1
+    sign = 1 if target is None else -1  # lower the margin of y, or raise that of the target
     guess = noise.normal(attempt.seeds[rows], p, 0, x.dtype)
     lowest = torch.full((len(rows),), inf, dtype=x.dtype, device=x.device)
     for k in range(queries):
         if not len(rows):
             break
-        share = max(0.5 * (1 - k / queries) ** 4, 2 / p)
-        seeds = attempt.seeds[rows]
-        redraw = noise.uniform(seeds, p, 2 * k + 1) < share if k else torch.zeros_like(guess, dtype=torch.bool)
-        proposal = torch.where(redraw, noise.normal(seeds, p, 2 * k, x.dtype), guess)
-        a = threat.linear_maximiser(proposal.reshape(-1, *x.shape[1:]), attempt.x[rows], attempt.eps[rows], norm)
+        proposal, share = guess, 0.3 * (min(3 / p, 0.3) / 0.3) ** (k / queries)
+        if k:
+            seeds = attempt.seeds[rows]
+            redraw = noise.uniform(seeds, p, 2 * k + 1) < share
+            proposal = torch.where(redraw, noise.normal(seeds, p, 2 * k, x.dtype), guess)
+        a = threat.linear_maximiser(proposal.reshape(-1, *x.shape[1:]), x[rows], attempt.eps[rows], norm)
         logits = attempt.logits(a, rows)
-        m = margin(logits, attempt.y[rows]) if target is None else -margin(logits, target[rows])
-        keep = m < lowest
-        guess[keep], lowest[keep] = proposal[keep], m[keep]
         won = attempt.submit(a, logits, rows)
+        m = sign * margin(logits, attempt.label(rows))
+        keep = m <= lowest
+        guess, lowest = torch.where(keep[:, None], proposal, guess), torch.where(keep, m, lowest)
         rows, guess, lowest = rows[~won], guess[~won], lowest[~won]
+    return attempt.result()
+
+
+def transfer(model: nn.Module, x: Tensor, y: Tensor, *, attack: Callable[..., AttackResult],
+             substitutes: nn.Module | Sequence[nn.Module], eps=inf, norm=inf, target: Tensor | None = None,
+             generator: torch.Generator | None = None, **options) -> AttackResult:
+    """Attack substitutes one after the other, and try what each yields on the model itself (papernot2016transferability).
+
+    `attack` is called as attack(substitute, x, y, norm=norm, generator=generator, **options), with eps and target where
+    they are given. Asks `model` once for each substitute, besides the one look at x, and never for a gradient; queries
+    counts these, not the substitutes' own. An attack that stops at the border of the substitute's class seldom crosses
+    the model's: give it a confidence. Judged on `model`, in ball ∩ box; errors are those of the attack.
+    """
+    attempt = Attempt(model, x, y, norm=norm, eps=eps, target=target, generator=torch.Generator())
+    options |= {} if bool((attempt.eps == inf).all()) else {"eps": eps}
+    options |= {} if target is None else {"target": target}
+    generator = generator or torch.Generator()
+    start = generator.get_state()
+    for substitute in [substitutes] if isinstance(substitutes, nn.Module) else substitutes:
+        rows = attempt.open
+        if not len(rows):
+            break
+        generator.set_state(start)  # so that an image meets each substitute with the same randomness in any batch
+        a = attack(substitute, x, y, norm=norm, generator=generator, **options).adversarial[rows].to(attempt.x)
+        attempt.submit(a, attempt.logits(a, rows), rows)
     return attempt.result()

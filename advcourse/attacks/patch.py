@@ -72,6 +72,8 @@ def placements(x: Tensor, mask: Tensor, scale: tuple[float, float] | None, angle
 def paste(x: Tensor, pattern: Tensor, mask: Tensor, placement: Tensor | None = None) -> Tensor:
     """x outside the print, the pattern inside, a blend on a moved print's rim; differentiable in the pattern."""
     cover = mask.to(x)
+    if not len(x):
+        return x.clone()
     if placement is None:
         return x * (1 - cover) + pattern * cover
     grid = F.affine_grid(placement.to(x), [len(x), 1, *x.shape[-2:]], align_corners=False)
@@ -98,8 +100,9 @@ def patch(model: nn.Module, x: Tensor, y: Tensor, *, size: int | None = None, ma
     placement an image, drawn before; the result holds those images, judged by a fresh forward pass. It says nothing
     about other images and places: `apply` it to some. ValueError for arguments that do not fit.
     """
-    _check(x, size, mask, scale, steps)
     attempt = Attempt(model, x, y, norm=0, target=target, generator=generator)
+    _check(x, size, mask, scale, steps)
+    x = attempt.x
     cover = (disc(size) if size is not None else torch.as_tensor(mask)).to(x)
     sizes = scale if size is not None else None
     shape = x.shape[1:] if size is None else (x.shape[1], size, size)
@@ -110,27 +113,25 @@ def patch(model: nn.Module, x: Tensor, y: Tensor, *, size: int | None = None, ma
     optimiser = torch.optim.Adam([pattern], lr=rate)
     for step in range(steps + 1 if len(x) else 0):
         if sizes is None or step % 10 == 0 or step == steps:
-            now = _score(attempt, paste(attempt.x, pattern, cover, judged), shared)
+            now = _score(attempt, paste(x, pattern, cover, judged), shared)
             best[now > score], score = pattern[now > score], torch.maximum(now, score)
         if step < steps:
             place = placements(x, cover, sizes, angle, attempt.seeds, step + 1)
             with torch.enable_grad():
-                printed = paste(attempt.x, pattern.requires_grad_(), cover, place)
+                printed = paste(x, pattern.requires_grad_(), cover, place)
             g = attempt.gradient(loss, printed)[2]
             pattern.grad = -torch.autograd.grad(printed, pattern, g)[0]
             optimiser.step()
             pattern.detach_().clamp_(0, 1)
-    printed = paste(attempt.x, best, cover, judged)
-    if len(x):
-        attempt.submit(printed, attempt.logits(printed))
-    return Patch(**vars(attempt.result()), pattern=best, mask=cover, scale=sizes, angle=angle)
+    rows = attempt.open  # a misclassified image is returned as it is
+    result = attempt.result(paste(x, best, cover, judged)[rows], rows)
+    return Patch(**vars(result), pattern=best, mask=cover, scale=sizes, angle=angle)
 
 
 def _score(attempt: Attempt, printed: Tensor, shared: bool) -> Tensor:
     """Successes, ties broken by the probability of success: one number for a shared pattern, else one an image."""
     logits = attempt.logits(printed)
-    label = attempt.y if attempt.target is None else attempt.target
-    p = logits.softmax(1).gather(1, label[:, None])[:, 0]
+    p = logits.softmax(1).gather(1, attempt.label()[:, None])[:, 0]
     each = attempt.wins(logits) + (1 - p if attempt.target is None else p).nan_to_num(0.0) / 2
     return each.mean(0, keepdim=True) if shared else each
 
@@ -143,7 +144,8 @@ def _check(x: Tensor, size: int | None, mask: Tensor | None, scale: tuple[float,
     if mask is not None:
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError("mask holds values other than 0 and 1")
-        if torch.broadcast_shapes(mask.shape, x.shape[1:]) != x.shape[1:]:
+        tail = x.shape[x.dim() - mask.dim():]
+        if mask.dim() >= x.dim() or any(m not in (1, k) for m, k in zip(mask.shape, tail, strict=True)):
             raise ValueError(f"mask of shape {list(mask.shape)} does not fit images of shape {list(x.shape[1:])}")
         return
     if x.dim() != 4:
