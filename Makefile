@@ -35,7 +35,7 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python book/execute.py --check
 	@$(MAKE) --no-print-directory site
-	$(BIN)/pytest tests notebooks --nbval --nbval-cell-timeout=300 -n 2 --dist loadfile -rs
+	$(BIN)/pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=300 -n 2 --dist loadfile -rs
 	@$(BIN)/python tests/browser.py
 
 execute: $(STAMP)
