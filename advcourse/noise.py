@@ -14,8 +14,10 @@ MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 def seeds(n: int, generator: torch.Generator | None = None, device=None) -> Tensor:
     """n int64 seeds drawn from the generator; n calls for one seed each draw the same."""
-    device_of_draw = generator.device if generator is not None else "cpu"
-    draws = [torch.randint(-(2**62), 2**62, (1,), generator=generator, device=device_of_draw) for _ in range(n)]
+    low, high = -(2**62), 2**62
+    if generator is None or generator.device.type == "cpu":  # there one call draws the same as n calls (a test checks)
+        return torch.randint(low, high, (n,), generator=generator).to(device)
+    draws = [torch.randint(low, high, (1,), generator=generator, device=generator.device) for _ in range(n)]
     return torch.cat(draws).to(device) if draws else torch.empty(0, dtype=torch.int64, device=device)
 
 

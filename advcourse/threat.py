@@ -225,7 +225,7 @@ def sample(x: Tensor, eps, norm, seeds: Tensor, step: int = 0) -> Tensor:
     norm 0, floor(eps) values chosen at random become uniform in [0, 1].
     """
     check_norm(norm)
-    e, p = _flat(eps, x).reshape(-1, 1), x[0].numel()
+    e, p = _flat(eps, x).reshape(-1, 1), x.shape[1:].numel()
     if norm == inf:
         d = (2 * noise.uniform(seeds, p, step, x.dtype) - 1) * e
     elif norm == 0:

@@ -3,6 +3,7 @@ and on the way out a fresh forward pass that decides what counts as success."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 
 import torch
@@ -67,10 +68,15 @@ class Attempt:
         self.norm, self.confidence = norm, confidence
         self.eps = torch.as_tensor(eps, dtype=dtype, device=x.device).expand(len(x))
         self.queries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        self.seeds = noise.seeds(len(x), generator, x.device)
+        self.generator = generator
         self.best = self.x.clone()
         self.distance = torch.full((len(x),), inf, dtype=dtype, device=x.device)
         self._clean: Tensor | None = None if len(x) else self.x.new_zeros(0, 1)
+
+    @cached_property
+    def seeds(self) -> Tensor:
+        """One seed an image, [n], for `noise` and `threat.sample`."""
+        return noise.seeds(len(self.x), self.generator, self.x.device)
 
     @property
     def clean(self) -> Tensor:
@@ -171,15 +177,15 @@ class Attempt:
         if last is not None:
             index = torch.arange(len(self.x), device=last.device) if rows is None else rows
             undecided = self.distance[index] == inf
-            self.best[index[undecided]] = last[undecided].detach()
+            self.best[index[undecided]] = last.detach()[undecided]
             self.queries[index[undecided]] += 1
         with evaluating(self.model), torch.no_grad():
             logits = self.model(self.best)
         d = threat.distance(self.best, self.x, self.norm)
-        low, high = self.best.flatten(1).aminmax(dim=1)
-        success = self.wins(logits) & (low >= 0) & (high <= 1) & within(d, self.eps)
-        flat = success.reshape(-1, *[1] * (self.x.dim() - 1))
-        return AttackResult(torch.where(flat, self.best, self.x), success, torch.where(success, d, inf), self.queries)
+        flat = self.best.flatten(1)
+        success = self.wins(logits) & (flat.amin(1) >= 0) & (flat.amax(1) <= 1) & within(d, self.eps)
+        self.best[~success] = self.x[~success]
+        return AttackResult(self.best, success, torch.where(success, d, inf), self.queries)
 
 
 def _pick(v: Tensor, rows: Tensor | None) -> Tensor:

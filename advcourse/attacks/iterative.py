@@ -7,66 +7,92 @@ from torch import Tensor, nn
 from advcourse import losses, threat
 from advcourse.attacks.attempt import AttackResult, Attempt
 
+STEP = {inf: 2.5, 2: 2.5, 1: 5.0}  # all steps together, in radii: enough to cross the ball and come back
 
-def sparse_direction(gradient: Tensor, x: Tensor, share: float) -> Tensor:
-    """Signs on the `share` of coordinates with the largest gradients among those free to move, of l1 length one.
+class Ball:
+    """Ball ∩ box around the images an iterative attack still works on; for norm inf it is itself a box."""
 
-    The steepest l1 step moves one coordinate; moving the best few together takes fewer steps to the same place.
-    """
-    g = torch.where(((x <= 0) & (gradient < 0)) | ((x >= 1) & (gradient > 0)), 0, gradient).flatten(1)
-    top = g.abs().topk(max(1, round(share * g.shape[1])), dim=1)
-    step = torch.zeros_like(g).scatter(1, top.indices, g.gather(1, top.indices).sign())
-    return (step / step.abs().sum(1, keepdim=True).clamp_min(1)).reshape(x.shape)
+    def __init__(self, x: Tensor, eps: Tensor, norm):
+        self.norm, self.around = norm, threat.interval(x, eps) if norm == inf else (x, eps)
+
+    def project(self, a: Tensor) -> Tensor:
+        """The nearest point of the ball (`threat.project`)."""
+        return torch.clamp(a, *self.around) if self.norm == inf else threat.project(a, *self.around, self.norm)
+
+    def keep(self, which: Tensor) -> None:
+        """Go on with these images only, [m] bool."""
+        self.around = tuple(v[which] for v in self.around)
+
+    def step(self, a: Tensor, gradient: Tensor, length: Tensor) -> Tensor:
+        """Proj(a + length * direction), uphill: the direction is the steepest of length one in the norm.
+
+        For norm 1 the steepest direction moves one pixel; here as many move, equally, as eps could push from 0 to 1. For
+        norm 0 it is the gradient over its largest component: the projection chooses whom to move.
+        """
+        if self.norm == inf:
+            direction = gradient.sign()
+        elif self.norm == 2:
+            direction = threat.steepest(gradient, 2, a)
+        elif self.norm == 1:
+            direction = sparse_direction(gradient, a, self.around[1])
+        else:
+            direction = gradient / like(gradient.flatten(1).abs().amax(1).clamp_min(1e-30), a)
+        return self.project(torch.addcmul(a, like(length, a), direction))
 
 
-def move(a: Tensor, gradient: Tensor, length: Tensor, x: Tensor, eps: Tensor, norm, share: float = 0.02) -> Tensor:
-    """One projected step uphill: Proj(a + length * direction), the direction being the steepest of the norm."""
-    length = length.reshape(-1, *[1] * (x.dim() - 1))
-    if norm == inf:
-        direction = gradient.sign()
-    else:
-        direction = sparse_direction(gradient, a, share) if norm == 1 else threat.steepest(gradient, norm, a)
-    return threat.project(a + length * direction, x, eps, norm)
+def sparse_direction(gradient: Tensor, a: Tensor, count: Tensor) -> Tensor:
+    """+-1/count on the `count` largest gradients among the pixels free to move, [n] counts, rounded up; l1 length one."""
+    g = torch.where(((a <= 0) & (gradient < 0)) | ((a >= 1) & (gradient > 0)), 0, gradient).flatten(1)
+    count = count.ceil().clamp(1, g.shape[1])[:, None]
+    top = g.abs().topk(int(count.max()), dim=1).indices
+    chosen = g.gather(1, top).sign() * (torch.arange(top.shape[1], device=a.device) < count) / count
+    return torch.zeros_like(g).scatter(1, top, chosen).reshape(a.shape)
 
 
-def _climb(attempt: Attempt, a: Tensor, rows: Tensor, *, loss, step: Tensor, steps: int, share: float = 0.02):
+def like(v: Tensor, a: Tensor) -> Tensor:
+    """One value an image, [m], shaped to multiply a batch of images."""
+    return v.reshape(-1, *[1] * (a.dim() - 1))
+
+
+def climb(attempt: Attempt, a: Tensor, rows: Tensor, *, loss, step: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """`steps` projected steps from a; an image leaves as soon as it is broken. -> (last iterates, their rows)."""
-    x, eps, step = attempt.x[rows], attempt.eps[rows], step[rows]
+    ball, length = Ball(attempt.x[rows], attempt.eps[rows], attempt.norm), step[rows]
     for _ in range(steps):
         if not len(rows):
             break
         logits, _, g = attempt.gradient(loss, a, rows)
         won = attempt.submit(a, logits, rows)
         if bool(won.any()):
-            rows, a, g, x, eps, step = (v[~won] for v in (rows, a, g, x, eps, step))
-        a = move(a, g, step, x, eps, attempt.norm, share)
+            rows, a, g, length = (v[~won] for v in (rows, a, g, length))
+            ball.keep(~won)
+        a = ball.step(a, g, length)
     return a, rows
 
 
 def pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps, norm=inf, steps: int = 40, step=None, restarts: int = 1,
-        random_start: bool = True, loss="cross_entropy", share: float = 0.02, target: Tensor | None = None,
-        confidence: float = 0.0, generator: torch.Generator | None = None) -> AttackResult:
+        random_start: bool = True, loss="cross_entropy", target: Tensor | None = None, confidence: float = 0.0,
+        generator: torch.Generator | None = None) -> AttackResult:
     """Projected gradient descent from a random point of the ball (madry2018towards), for norms inf, 2, 1, 0.
 
-    `step` is the length of a step in `norm` (default 2.5 eps / steps), a number or one an image. `loss`: "cross_entropy",
-    "margin", "dlr" or a function. With restarts only images still unbroken start again. For norm 1 each step moves the
-    `share` of pixels with the largest gradients. Fixed radius: a success has distance <= eps. ValueError as for `fgsm`,
-    and for steps or restarts below 1.
+    `step`: length of a step in `norm`, a number or one an image; by default STEP[norm] eps / steps, and 30 for norm 0. `loss`:
+    "cross_entropy", "margin", "dlr" or a function. Only images still unbroken start again. Fixed radius: a success has
+    distance <= eps. ValueError as for `fgsm`, and for steps or restarts below 1.
     """
     check_count(steps, "steps")
     check_count(restarts, "restarts")
     attempt = Attempt(model, x, y, norm=norm, eps=eps, target=target, confidence=confidence, generator=generator)
-    length = 2.5 * attempt.eps / steps if step is None else torch.as_tensor(step, dtype=attempt.x.dtype).expand(len(x))
-    rows = attempt.open
-    a = attempt.x[rows]
+    if step is None:
+        step = 30.0 if norm == 0 else STEP[norm] / steps * attempt.eps
+    step = torch.as_tensor(step, dtype=attempt.x.dtype, device=x.device).expand(len(x))
+    a, rows = attempt.x, attempt.open
     for k in range(restarts):
-        if k:
+        if k:  # the last iterates of the run before have not been judged yet
             attempt.submit(a, attempt.logits(a, rows), rows)
             rows = attempt.open
         a = attempt.x[rows]
         if random_start:
             a = threat.sample(a, attempt.eps[rows], norm, attempt.seeds[rows], step=k)
-        a, rows = _climb(attempt, a, rows, loss=losses.get(loss), step=length, steps=steps, share=share)
+        a, rows = climb(attempt, a, rows, loss=losses.get(loss), step=step, steps=steps)
     return attempt.result(a, rows)
 
 
@@ -95,23 +121,8 @@ def ilcm(model: nn.Module, x: Tensor, y: Tensor, *, eps, step: float = 1 / 255, 
     return bim(model, x, y, eps=eps, step=step, steps=steps, target=least, confidence=confidence, generator=generator)
 
 
-def check_count(k, name: str) -> None:
-    """Raise ValueError unless k is an integer of at least 1."""
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"{name}={k!r} must be an integer of at least 1")
-
-
-def _checkpoints(steps: int) -> list[int]:
-    """The steps at which APGD looks back: after 22 % of them, then ever more often (croce2020reliable)."""
-    marks, gap = [0.0, 0.22], 0.22
-    while marks[-1] < 1:
-        gap = max(gap - 0.03, 0.06)
-        marks.append(marks[-1] + gap)
-    return sorted({ceil(m * steps) for m in marks[1:]})
-
-
 def apgd(model: nn.Module, x: Tensor, y: Tensor, *, eps, norm=inf, steps: int = 100, restarts: int = 1,
-         loss="cross_entropy", share: float = 0.02, target: Tensor | None = None, confidence: float = 0.0,
+         loss="cross_entropy", target: Tensor | None = None, confidence: float = 0.0,
          generator: torch.Generator | None = None) -> AttackResult:
     """Auto-PGD (croce2020reliable): momentum, and a step that halves itself, image by image, when progress stalls.
 
@@ -124,37 +135,47 @@ def apgd(model: nn.Module, x: Tensor, y: Tensor, *, eps, norm=inf, steps: int = 
     for k in range(restarts):
         rows = attempt.open
         a = threat.sample(attempt.x[rows], attempt.eps[rows], norm, attempt.seeds[rows], step=k)
-        _climb_adaptively(attempt, a, rows, loss=losses.get(loss), steps=steps, share=share)
+        climb_adaptively(attempt, a, rows, loss=losses.get(loss), steps=steps)
     return attempt.result()
 
 
-def _climb_adaptively(attempt: Attempt, a: Tensor, rows: Tensor, *, loss, steps: int, share: float) -> None:
-    """APGD's loop; names as in the paper: z the plain step, `best` the largest loss value seen and where."""
-    x, eps, before, best_a = attempt.x[rows], attempt.eps[rows], a, a
-    length = 2 * eps
-    value = best = best_then = torch.full_like(eps, -inf)  # best_then: `best` at the last checkpoint
-    halved, rises = torch.zeros_like(rows, dtype=torch.bool), torch.zeros_like(rows)
-    best_g, marks, last_mark = torch.zeros_like(a), _checkpoints(steps), 0
+def climb_adaptively(attempt: Attempt, a: Tensor, rows: Tensor, *, loss, steps: int) -> None:
+    """APGD's loop. `best`: the largest loss value seen, with its image and gradient; `rises`: steps uphill since the last
+    checkpoint; `stale`: `best` at the last checkpoint, infinite where the step was halved there."""
+    ball, marks, last = Ball(attempt.x[rows], attempt.eps[rows], attempt.norm), checkpoints(steps), 0
+    length = 2 * attempt.eps[rows]
+    value, best, stale = (torch.full_like(length, v) for v in (inf, -inf, inf))
+    rises, before, best_a, best_g = torch.zeros_like(rows), a, a.clone(), torch.zeros_like(a)
     for k in range(steps + 1):
-        if not len(rows):
-            return
         logits, new, g = attempt.gradient(loss, a, rows)
         won = attempt.submit(a, logits, rows)
-        rises = rises + (new > value)
-        value, higher = new, _like(new > best, a)
-        best_a, best_g, best = torch.where(higher, a, best_a), torch.where(higher, g, best_g), torch.maximum(new, best)
-        if k in marks:
-            halve = (rises < 0.75 * (k - last_mark)) | (~halved & (best == best_then))
-            length, back = torch.where(halve, length / 2, length), _like(halve, a)
-            a, g, before = (torch.where(back, u, v) for u, v in ((best_a, a), (best_g, g), (best_a, before)))
-            halved, best_then, last_mark, rises = halve, best, k, torch.zeros_like(rises)
         if bool(won.any()):
-            rows, a, g, before, x, eps, length, value, best, best_a, best_g, best_then, halved, rises = (
-                v[~won] for v in (rows, a, g, before, x, eps, length, value, best, best_a, best_g, best_then, halved, rises))
-        z = move(a, g, length, x, eps, attempt.norm, share)
-        momentum = 0.75 if k else 1.0
-        a, before = threat.project(a + momentum * (z - a) + (1 - momentum) * (a - before), x, eps, attempt.norm), a
+            rows, a, before, best_a, g, best_g, length, value, new, best, stale, rises = (
+                v[~won] for v in (rows, a, before, best_a, g, best_g, length, value, new, best, stale, rises))
+            ball.keep(~won)
+            if not len(rows):
+                return
+        rises, value, higher = rises + (new > value), new, new > best
+        best_a[higher], best_g[higher], best[higher] = a[higher], g[higher], new[higher]
+        if k in marks:
+            halve = (rises < 0.75 * (k - last)) | (best == stale)
+            length, stale, last = torch.where(halve, length / 2, length), torch.where(halve, inf, best), k
+            a, g, before, rises = a.clone(), g.clone(), before.clone(), torch.zeros_like(rises)
+            a[halve], g[halve], before[halve] = best_a[halve], best_g[halve], best_a[halve]
+        z = ball.step(a, g, length)
+        a, before = (ball.project(a + 0.75 * (z - a) + 0.25 * (a - before)) if k else z), a
 
 
-def _like(flags: Tensor, a: Tensor) -> Tensor:
-    return flags.reshape(-1, *[1] * (a.dim() - 1))
+def checkpoints(steps: int) -> list[int]:
+    """The steps at which APGD looks back: after 22 % of them, then ever more often (croce2020reliable)."""
+    marks, gap = [0.0, 0.22], 0.22
+    while marks[-1] < 1:
+        gap = max(gap - 0.03, 0.06)
+        marks.append(marks[-1] + gap)
+    return sorted({ceil(m * steps) for m in marks[1:]})
+
+
+def check_count(k, name: str) -> None:
+    """Raise ValueError unless k is an integer of at least 1."""
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"{name}={k!r} must be an integer of at least 1")
