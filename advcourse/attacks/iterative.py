@@ -44,7 +44,7 @@ def sparse_direction(gradient: Tensor, a: Tensor, count: Tensor) -> Tensor:
     """+-1/count on the `count` largest gradients among the pixels free to move, [n] counts, rounded up; l1 length one."""
     g = torch.where(((a <= 0) & (gradient < 0)) | ((a >= 1) & (gradient > 0)), 0, gradient).flatten(1)
     count = count.ceil().clamp(1, g.shape[1])[:, None]
-    top = g.abs().topk(int(count.max()), dim=1).indices
+    top = g.abs().topk(int(count.max()) if len(count) else 0, dim=1).indices
     chosen = g.gather(1, top).sign() * (torch.arange(top.shape[1], device=a.device) < count) / count
     return torch.zeros_like(g).scatter(1, top, chosen).reshape(a.shape)
 
