@@ -138,7 +138,7 @@ def test_readme_shows_the_shipped_models():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = re.search(r"<!-- begin: python -m advcourse models -->\n(.*?)<!-- end -->", text, re.DOTALL)[1]
     printed = subprocess.run([sys.executable, "-m", "advcourse", "models"], capture_output=True, text=True, check=True).stdout
-    assert block.strip() == printed.strip()
+    assert block.strip() == printed.strip(), "run: python book/make_readme.py"
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", BOOK / "how-to-use.md"], ids=lambda p: p.stem)
