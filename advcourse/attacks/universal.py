@@ -83,8 +83,8 @@ def universal_sgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float = inf, n
 
     Without `weight`: delta is projected onto the ball of radius eps after each step. With `weight`, the lecture's
     Lagrangian: maximise E[min(loss, cap)] - weight * ||delta||_2^2, whose solution has the length it has. `cap` stops an
-    image that is fooled by a wide margin from drawing the delta further. Keeps the delta that fools most of these images, looked at ten
-    times. Errors as for `fgsm`; ValueError for an infinite eps without a weight.
+    image that is fooled by a wide margin from drawing the delta further. Keeps the delta that fools most of these images,
+    looked at ten times. Errors as for `fgsm`; ValueError for an infinite eps without a weight.
     """
     if weight is None and eps == inf:
         raise ValueError(f"eps={eps}: give a radius, or a weight for the Lagrangian form")
