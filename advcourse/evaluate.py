@@ -53,7 +53,8 @@ def robust_accuracy(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, eps_
         raise ValueError(f"eps_values={list(eps_values)!r} do not increase")
     left, curve = torch.arange(len(x), device=x.device), Curve([], [], [], [])
     for eps in eps_values:
-        left = left[~attack(model, x[left], y[left], eps=eps, **kw).success]
+        if len(left):
+            left = left[~attack(model, x[left], y[left], eps=eps, **kw).success]
         for column, value in zip(curve, (float(eps), len(left) / len(x), *wilson(len(left), len(x))), strict=True):
             column.append(value)
     return curve
