@@ -37,7 +37,21 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return -margin(logits, y) / (top[:, 0] - top[:, -1]).clamp_min(1e-12)
 
 
-BY_NAME: dict[str, Loss] = {"cross_entropy": cross_entropy, "margin": margin_loss, "dlr": dlr}
+def houdini(logits: Tensor, y: Tensor, cost: Tensor | None = None) -> Tensor:
+    """Log of Houdini's surrogate P(margin < N(0,1)) * cost of the mistake (cisse2017houdini), for classification.
+
+    The mistake is the best rival class; `cost` [c, c] gives the price cost[y, k] > 0 of answering k for y, by default 1.
+    The paper's product itself has no gradient left in floating point where the margin exceeds 13; its logarithm goes up in
+    the same places and keeps one.
+    """
+    rivals = logits.scatter(1, y[:, None], -torch.inf)
+    price = torch.zeros_like(logits) if cost is None else cost.to(logits)[y].clamp_min(1e-12).log()
+    best = (rivals + price).argmax(1, keepdim=True)
+    gap = logits.gather(1, y[:, None]) - logits.gather(1, best)
+    return (torch.special.log_ndtr(-gap) + price.gather(1, best))[:, 0]
+
+
+BY_NAME: dict[str, Loss] = {"cross_entropy": cross_entropy, "margin": margin_loss, "dlr": dlr, "houdini": houdini}
 
 
 def get(loss: str | Loss) -> Loss:
