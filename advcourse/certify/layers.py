@@ -147,6 +147,11 @@ class Network:
         return x.to(self.output.bias).reshape(len(x), self.units)
 
     @property
+    def activations(self) -> list[Relu | MaxPool]:
+        """The ReLUs and maxima in order: bounds come one for each, and one more for the logits."""
+        return [layer for layer in self.layers if not isinstance(layer, Affine)]
+
+    @property
     def output(self) -> Affine:
         return self.layers[-1]  # type: ignore[return-value]
 
