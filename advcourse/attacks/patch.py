@@ -1,5 +1,6 @@
 """Perturbations one could print: a round sticker put anywhere, or a mask such as a pair of glasses, kept in its place."""
 from dataclasses import dataclass
+from functools import partial
 from math import pi
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor, nn
 
 from advcourse import noise, threat
 from advcourse.attacks.attempt import AttackResult, Attempt
-from advcourse.losses import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,10 @@ def paste(x: Tensor, pattern: Tensor, mask: Tensor, placement: Tensor | None = N
     return (x * (1 - moved[:, -1:]) + moved[:, :-1]).clamp(0, 1)
 
 
-def log_mistake(logits: Tensor, y: Tensor) -> Tensor:
-    """log(1 - softmax_y), the log-probability of a mistake: [n, c], [n] -> [n]."""
+def log_success(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+    """Log-probability that the target, or without one any class but y, is drawn from the softmax: [n, c], [n] -> [n]."""
+    if target is not None:
+        return logits.log_softmax(1).gather(1, target[:, None])[:, 0]
     return logits.scatter(1, y[:, None], -torch.inf).logsumexp(1) - logits.logsumexp(1)
 
 
@@ -96,9 +98,10 @@ def patch(model: nn.Module, x: Tensor, y: Tensor, *, size: int | None = None, ma
     multiplied by `scale`; or `mask`, zeros and ones that broadcast to one image: only these values change, at their
     place (the frames of sharif2016accessorize). `shared`: one pattern for all images, otherwise one an image.
 
-    Adam on the mean log-probability of success, images placed anew each step. The pattern kept is the best seen on one
-    placement an image, drawn before; the result holds those images, judged by a fresh forward pass. It says nothing
-    about other images and places: `apply` it to some. ValueError for arguments that do not fit.
+    Adam on the log of the expected probability of success over the images (of each image, if not shared), placed anew
+    each step. The pattern kept is the best seen on one placement an image, drawn before; the result holds those images,
+    judged by a fresh forward pass. It says nothing about other images and places: `apply` it to some. ValueError for
+    arguments that do not fit.
     """
     attempt = Attempt(model, x, y, norm=0, target=target, generator=generator)
     _check(x, size, mask, scale, steps)
@@ -107,7 +110,6 @@ def patch(model: nn.Module, x: Tensor, y: Tensor, *, size: int | None = None, ma
     sizes = scale if size is not None else None
     shape = x.shape[1:] if size is None else (x.shape[1], size, size)
     pattern = torch.full((1 if shared else len(x), *shape), 0.5, dtype=x.dtype, device=x.device)
-    loss = log_mistake if target is None else cross_entropy
     judged = placements(x, cover, sizes, angle, attempt.seeds)
     best, score = pattern.clone(), torch.full((len(pattern),), -1.0, dtype=x.dtype, device=x.device)
     optimiser = torch.optim.Adam([pattern], lr=rate)
@@ -119,7 +121,7 @@ def patch(model: nn.Module, x: Tensor, y: Tensor, *, size: int | None = None, ma
             place = placements(x, cover, sizes, angle, attempt.seeds, step + 1)
             with torch.enable_grad():
                 printed = paste(x, pattern.requires_grad_(), cover, place)
-            g = attempt.gradient(loss, printed)[2]
+            g = attempt.gradient(partial(_objective, attempt, shared), printed)[2]
             pattern.grad = -torch.autograd.grad(printed, pattern, g)[0]
             optimiser.step()
             pattern.detach_().clamp_(0, 1)
@@ -128,11 +130,17 @@ def patch(model: nn.Module, x: Tensor, y: Tensor, *, size: int | None = None, ma
     return Patch(**vars(result), pattern=best, mask=cover, scale=sizes, angle=angle)
 
 
+def _objective(attempt: Attempt, shared: bool, logits: Tensor, label: Tensor) -> Tensor:
+    """Terms [n] whose sum has the gradient of log mean p (shared) or of sum log p: images near success weigh more."""
+    log_p = log_success(logits, attempt.y, attempt.target)
+    each = log_p * log_p.detach().softmax(0) if shared else log_p
+    return each if attempt.target is None else -each  # Attempt.gradient goes down for a target
+
+
 def _score(attempt: Attempt, printed: Tensor, shared: bool) -> Tensor:
     """Successes, ties broken by the probability of success: one number for a shared pattern, else one an image."""
     logits = attempt.logits(printed)
-    p = logits.softmax(1).gather(1, attempt.label()[:, None])[:, 0]
-    each = attempt.wins(logits) + (1 - p if attempt.target is None else p).nan_to_num(0.0) / 2
+    each = attempt.wins(logits) + log_success(logits, attempt.y, attempt.target).exp().nan_to_num(0.0) / 2
     return each.mean(0, keepdim=True) if shared else each
 
 
