@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advcourse.attacks.attempt import AttackResult, Attempt
-from advcourse.attacks.fast_minimal import tighten
+from advcourse.attacks.minimal import pull_back
 from advcourse.losses import margin
 
 
@@ -41,7 +41,7 @@ def objective(logits: Tensor, t: Tensor, number: int = 6, confidence: float = 0.
 
 def carlini_wagner(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, objective: int = 6, target: Tensor | None = None,
                    confidence: float = 0.0, eps=inf, search_steps: int = 6, steps: int = 40, rate: float = 0.05,
-                   weight: float = 1.0, change_of_variable: bool = False, polish: int = 10,
+                   weight: float = 1.0, change_of_variable: bool = False, refine: int = 3,
                    generator: torch.Generator | None = None) -> AttackResult:
     """The Carlini-Wagner attack in norm 2, 0 or inf, targeted or not (carlini2017towards).
 
@@ -49,7 +49,7 @@ def carlini_wagner(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, objective:
     of a = (tanh w + 1) / 2 as in the paper: slow where pixels start at 0 or 1, since tanh is flat there. `search_steps` rounds
     of `steps` iterations; between rounds the weight lambda of an image halves its interval in log scale, and each round
     starts at the image's best point. Norm 0 freezes the pixels that matter least, norm inf charges what exceeds a threshold
-    that shrinks. `polish` jumps of `tighten` end the attack (0: as published).
+    that shrinks. `refine` rounds of `pull_back` end the attack (0: as published).
     Errors as for `fgsm`; ValueError for norm 1, an unknown objective, or a confidence with objectives 1 to 5.
     """
     if norm == 1:
@@ -64,7 +64,7 @@ def carlini_wagner(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, objective:
         _freeze(attempt, descend, search_steps, weight)
     else:
         _threshold(attempt, descend, search_steps, weight)
-    tighten(attempt, polish)
+    pull_back(attempt, refine)
     return attempt.result()
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from advcourse import noise, threat
 from advcourse.attacks.attempt import AttackResult, Attempt, evaluating
-from advcourse.attacks.fast_minimal import tighten
+from advcourse.attacks.minimal import pull_back
 from advcourse.losses import margin
 
 
@@ -44,11 +44,11 @@ def saliency_pair(own: Tensor, others: Tensor, a: Tensor, candidates: int = 24) 
 
 
 def jsma(model: nn.Module, x: Tensor, y: Tensor, *, eps=inf, norm=0, target: Tensor | None = None, steps: int = 100,
-         confidence: float = 0.0, polish: int = 5, generator: torch.Generator | None = None) -> AttackResult:
+         confidence: float = 0.0, refine: int = 3, generator: torch.Generator | None = None) -> AttackResult:
     """Jacobian saliency map attack: two pixels a step, sent to black or white (papernot2016limitations).
 
     Without `target` it aims at the runner-up class of the image, and any mistake counts. `eps` caps the number of values changed;
-    `polish` jumps of `tighten` end the attack (0: as published). An upper bound on the smallest number of values. Errors
+    `refine` rounds of `pull_back` end the attack (0: as published). An upper bound on the smallest number of values. Errors
     as for `fgsm`; ValueError for a norm other than 0.
     """
     if norm != 0:
@@ -72,7 +72,7 @@ def jsma(model: nn.Module, x: Tensor, y: Tensor, *, eps=inf, norm=0, target: Ten
             a = a.flatten(1).scatter(1, pair, value).reshape(a.shape)
     if len(rows):
         attempt.submit(a, attempt.logits(a, rows), rows)
-    tighten(attempt, polish)
+    pull_back(attempt, refine)
     return attempt.result()
 
 
