@@ -110,14 +110,14 @@ def _bounds(net: Network, d: Domain, method: str, time_limit: float | None) -> l
     if method == "interval":
         return interval(net, d)
     if method in ("lp", "mip"):
-        from advcourse.certify.neuron_lp import solver_bounds
+        from advcourse.certify.lp_bounds import solver_bounds
         return solver_bounds(net, d, exact=method == "mip", every=True, time_limit=time_limit)
     return crown(net, d, steps=STEPS if method == "alpha-crown" else 0, every=True)
 
 
 def _margins(net: Network, C: Tensor, d: Domain, method: str, time_limit: float | None) -> Tensor:
     if method in ("lp", "mip"):
-        from advcourse.certify.neuron_lp import solver_margins
+        from advcourse.certify.lp_bounds import solver_margins
         return solver_margins(net, C, d, exact=method == "mip", time_limit=time_limit)
     steps = STEPS if method == "alpha-crown" else 0
     known = interval(net, d) if method == "interval" else crown(net, d, steps=steps, logits=False)

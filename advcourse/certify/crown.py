@@ -48,16 +48,16 @@ def crown(net: Network, domain: Domain, *, steps: int = 0, every: bool = False, 
     box, out = Interval(domain.lower, domain.upper), list[Interval]()
     for i, layer in enumerate(net.layers):
         if not isinstance(layer, Affine):
-            wanted = (_undecided(layer, box) | every).any(0)
-            box = _tighten(net.layers[:i], box, out, domain, wanted, steps)
+            wanted = (undecided(layer, box) | every).any(0)
+            box = tighten(net.layers[:i], box, out, domain, wanted, steps)
             out.append(box)
         box = propagate(layer, box)
     if logits:
-        out.append(_tighten(net.layers, box, out, domain, torch.ones_like(box.lower[0], dtype=torch.bool), steps))
+        out.append(tighten(net.layers, box, out, domain, torch.ones_like(box.lower[0], dtype=torch.bool), steps))
     return out
 
 
-def _undecided(layer: Relu | MaxPool, box: Interval) -> Tensor:
+def undecided(layer: Relu | MaxPool, box: Interval) -> Tensor:
     """Units [n, units] whose ReLU is not settled, or which are one of several that may be their window's maximum."""
     if isinstance(layer, Relu):
         return (box.lower < 0) & (box.upper > 0)
@@ -68,8 +68,8 @@ def _undecided(layer: Relu | MaxPool, box: Interval) -> Tensor:
     return out > 0
 
 
-def _tighten(layers: Sequence[Layer], box: Interval, known: list[Interval], domain: Domain, wanted: Tensor,
-             steps: int) -> Interval:
+def tighten(layers: Sequence[Layer], box: Interval, known: list[Interval], domain: Domain, wanted: Tensor,
+            steps: int = 0) -> Interval:
     """`box`, what interval arithmetic says of the chain's output, intersected with backward bounds for `wanted` units."""
     lower, upper = box.lower.clone(), box.upper.clone()
     widest = max([domain.lower.shape[1], *(b.lower.shape[1] for b in known)])
