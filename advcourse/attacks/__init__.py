@@ -6,6 +6,7 @@ from advcourse.attacks.fast_minimal import ddn, fmn
 from advcourse.attacks.generators import angri, atn, upset
 from advcourse.attacks.houdini import houdini
 from advcourse.attacks.iterative import apgd, bim, ilcm, pgd
+from advcourse.attacks.minimal import deepfool, lbfgs
 from advcourse.attacks.one_step import fgsm, projected_gradient_step
 from advcourse.attacks.patch import patch
 from advcourse.attacks.poisoning import poison_backdoor, poison_labels
@@ -15,8 +16,8 @@ from advcourse.attacks.text import textbugger
 from advcourse.attacks.universal import universal_deepfool, universal_sgd
 
 __all__ = [
-    "AttackResult", "Attempt", "angri", "apgd", "atn", "bim", "carlini_wagner", "ddn", "fgsm", "fmn", "hop_skip_jump",
-    "houdini", "ilcm", "jsma", "one_pixel", "patch", "pgd", "poison_backdoor", "poison_labels",
+    "AttackResult", "Attempt", "angri", "apgd", "atn", "bim", "carlini_wagner", "ddn", "deepfool", "fgsm", "fmn",
+    "hop_skip_jump", "houdini", "ilcm", "jsma", "lbfgs", "one_pixel", "patch", "pgd", "poison_backdoor", "poison_labels",
     "projected_gradient_step", "random_search", "square", "textbugger", "transfer", "universal_deepfool",
     "universal_sgd", "upset",
 ]

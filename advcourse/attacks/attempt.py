@@ -29,13 +29,13 @@ class AttackResult:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; afterwards each module that was training, and no other, trains again."""
     training = [m for m in model.modules() if m.training]
     for m in training:
         m.training = False
     try:
-        yield model
+        yield
     finally:
         for m in training:
             m.training = True
@@ -141,6 +141,19 @@ class Attempt:
             self._meet(logits.detach())
         return logits.detach(), value.detach(), g
 
+    def class_gradients(self, a: Tensor, rivals: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits [m, c], leads [m, k], gradients [k, m, *shape]) of f_rival - f_label for k rival classes, [m, k].
+
+        1 + k queries an image; a gradient that is NaN or infinite becomes 0.
+        """
+        self._count(1 + rivals.shape[1], rows)
+        with evaluating(self.model), torch.enable_grad():
+            at = a.detach().requires_grad_()
+            logits = self._forward(at)
+            leads = logits.gather(1, rivals) - logits.gather(1, self.label(rows)[:, None])
+            grads = [torch.autograd.grad(leads[:, k].sum(), at, retain_graph=True)[0] for k in range(rivals.shape[1])]
+        return logits.detach(), leads.detach(), torch.nan_to_num(torch.stack(grads), nan=0.0, posinf=0.0, neginf=0.0)
+
     def _count(self, k: int, rows: Tensor | None) -> None:
         if rows is None:
             self.queries += k
@@ -150,10 +163,11 @@ class Attempt:
     def wins(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
         """[m] bool: the candidates with these logits are adversarial, with the confidence asked for; NaN never is."""
         label = self.label(rows)
+        won = (logits.argmax(1) == label) == (self.target is not None)
+        if not bool(won.any()):
+            return won
         m = margin(logits, label)
-        if self.target is None:
-            return (logits.argmax(1) != label) & (m <= -self.confidence)
-        return (logits.argmax(1) == label) & (m >= self.confidence)
+        return won & (m <= -self.confidence if self.target is None else m >= self.confidence)
 
     def submit(self, a: Tensor, logits: Tensor, rows: Tensor | None = None) -> Tensor:
         """Keep the candidates that are adversarial, in the ball and nearer than the best so far; returns who won, [m]."""

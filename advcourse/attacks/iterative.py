@@ -13,7 +13,8 @@ class Ball:
     """Ball ∩ box around the images an iterative attack still works on; for norm inf it is itself a box."""
 
     def __init__(self, x: Tensor, eps: Tensor, norm):
-        self.norm, self.around = norm, threat.interval(x, eps) if norm == inf else (x, eps)
+        self.norm = norm
+        self.around: tuple[Tensor, Tensor] = threat.interval(x, eps) if norm == inf else (x, eps)
 
     def project(self, a: Tensor) -> Tensor:
         """The nearest point of the ball (`threat.project`)."""
@@ -21,7 +22,8 @@ class Ball:
 
     def keep(self, which: Tensor) -> None:
         """Go on with these images only, [m] bool."""
-        self.around = tuple(v[which] for v in self.around)
+        first, second = self.around
+        self.around = first[which], second[which]
 
     def step(self, a: Tensor, gradient: Tensor, length: Tensor) -> Tensor:
         """Proj(a + length * direction), uphill: the direction is the steepest of length one in the norm.

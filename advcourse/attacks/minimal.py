@@ -1,0 +1,147 @@
+"""The nearest adversarial image: DeepFool, box-constrained L-BFGS, and the pull-back that shortens any attack's result."""
+from math import inf
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from advcourse import losses, threat
+from advcourse.attacks.attempt import AttackResult, Attempt
+from advcourse.attacks.iterative import check_count, like
+
+DUAL = {inf: 1, 2: 2, 1: inf}
+
+
+def deepfool(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, steps: int = 50, candidates: int = 9, overshoot: float = 0.02,
+             refine: int = 3, confidence: float = 0.0, generator=None) -> AttackResult:
+    """Steps to the nearest linearised decision boundary until it is crossed (moosavidezfooli2016deepfool); norms inf, 2, 1.
+
+    Each step is the closed form for a linear model in the box (`threat.nearest_beyond`) and overshoots by `overshoot` times
+    the lead that y had at x, so that it ends beyond the boundary and not on it. The first step looks at the `candidates`
+    most likely classes, later ones at the three then nearest. `refine` rounds of `pull_back` follow, which the paper does
+    not have. Untargeted. ValueError as for `fgsm`, for norm 0, and for steps or candidates below 1.
+    """
+    if norm not in DUAL:
+        raise ValueError(f"norm={norm!r}: DeepFool knows inf, 2 and 1")
+    check_count(steps, "steps")
+    check_count(candidates, "candidates")
+    attempt = Attempt(model, x, y, norm=norm, confidence=confidence, generator=generator)
+    rows = attempt.started
+    a, rivals = attempt.x[rows], rivals_of(attempt, rows, candidates)
+    extra = torch.empty(0)
+    for k in range(steps):
+        if not len(rows):
+            break
+        logits, leads, w = attempt.class_gradients(a, rivals, rows)
+        won = attempt.submit(a, logits, rows)
+        rows, a, rivals, leads, w = rows[~won], a[~won], rivals[~won], leads[~won], w[:, ~won]
+        extra = extra[~won] if k else -overshoot * leads.amax(1)
+        gap = confidence + extra[:, None].clamp_min(1e-6) - leads
+        away = gap / dual_length(w, a, norm)
+        if k == 0:
+            nearest = away.topk(min(3, away.shape[1]), 1, largest=False).indices
+            rivals, gap, away = (v.gather(1, nearest) for v in (rivals, gap, away))
+            w = w[nearest.T, torch.arange(len(rows), device=w.device)]
+        choice = away.argmin(1)
+        w = w[choice, torch.arange(len(rows), device=w.device)]
+        a = threat.nearest_beyond(w, gap.gather(1, choice[:, None])[:, 0], a, norm)
+    if len(rows):
+        attempt.submit(a, attempt.logits(a, rows), rows)
+    pull_back(attempt, refine)
+    return attempt.result()
+
+
+def rivals_of(attempt: Attempt, rows: Tensor, k: int) -> Tensor:
+    """The k most likely classes other than y at x itself, [m, k]."""
+    clean, y = attempt.clean[rows], attempt.y[rows]
+    return clean.scatter(1, y[:, None], -inf).topk(min(k, max(1, clean.shape[1] - 1)), 1).indices
+
+
+def dual_length(w: Tensor, a: Tensor, norm) -> Tensor:
+    """Dual norms of the gradients w [k, m, *shape], components that point out of the box at a left out. -> [m, k]."""
+    free = torch.where(((a <= 0) & (w < 0)) | ((a >= 1) & (w > 0)), 0, w)
+    return free.flatten(2).norm(p=DUAL[norm], dim=2).T.clamp_min(1e-12)
+
+
+def pull_back(attempt: Attempt, rounds: int, halvings: int = 4) -> None:
+    """Bring the best points nearer to x: linearise the boundary where it was crossed and aim at it again, from x.
+
+    The nearest point `near` beyond the linearised boundary is closer to x, but may not be adversarial; bisection between
+    it and the best point finds one that is. Only re-checked, nearer points replace a best one, so no result gets worse.
+    """
+    for _ in range(rounds):
+        rows = ((attempt.distance > 0) & (attempt.distance < inf)).nonzero()[:, 0]
+        if not len(rows):
+            return
+        x, best = attempt.x[rows], attempt.best[rows]
+        _, value, w = attempt.gradient(losses.margin_loss, best, rows)
+        gap = attempt.confidence - value + (w * (best - x)).flatten(1).sum(1)
+        if attempt.norm == 0:  # a point between two others changes the pixels of both: aim further beyond instead
+            for k in range(halvings + 2):
+                a = threat.nearest_beyond(w, gap * 1.2**k, x, 0)
+                attempt.submit(a, attempt.logits(a, rows), rows)
+            continue
+        near = threat.nearest_beyond(w, gap, x, attempt.norm)
+        low, high = torch.zeros_like(value), torch.ones_like(value)  # shares of the way from `near` to `best`
+        for _ in range(halvings):
+            middle = (low + high) / 2
+            a = torch.lerp(near, best, like(middle, best))
+            won = attempt.submit(a, attempt.logits(a, rows), rows)
+            low, high = torch.where(won, low, middle), torch.where(won, middle, high)
+
+
+def lbfgs(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 50, search_steps: int = 8, weight: float = 1.0,
+          loss="cross_entropy", refine: int = 0, target: Tensor | None = None, confidence: float = 0.0,
+          generator=None) -> AttackResult:
+    """Szegedy's attack: min ||a - x||_2^2 + weight * J(a, t) over the box, by L-BFGS-B (szegedy2014intriguing, byrd1995limited).
+
+    The smallest weight that still reaches t is searched for, image by image, on a logarithmic scale from `weight`. Without
+    `target`, t is the class whose linearised boundary is nearest, and any mistake counts. Every point the solver visits is a
+    candidate; the nearest adversarial one is kept. Norm 2. `steps` bounds the solver's iterations for each of the
+    `search_steps` weights; `refine` adds rounds of `pull_back`. Needs SciPy. ValueError as for `fgsm`.
+    """
+    check_count(steps, "steps")
+    check_count(search_steps, "search_steps")
+    attempt = Attempt(model, x, y, norm=2, target=target, confidence=confidence, generator=generator)
+    rows = attempt.started
+    if not len(rows):
+        return attempt.result()
+    aims = attempt.label(rows) if target is not None else _nearest_class(attempt, rows)
+    for row, aim in zip(rows, aims, strict=True):
+        low, high, c = 0.0, inf, weight
+        for _ in range(search_steps):
+            reached = _penalised(attempt, row.reshape(1), aim.reshape(1), c, losses.get(loss), steps)
+            low, high = (low, c) if reached else (c, high)
+            c = 10 * low if high == inf else high / 10 if low == 0 else (low * high) ** 0.5
+    pull_back(attempt, refine)
+    return attempt.result()
+
+
+def _nearest_class(attempt: Attempt, rows: Tensor) -> Tensor:
+    """For every image the class whose linearised boundary with y is nearest, [m]."""
+    a, rivals = attempt.x[rows], rivals_of(attempt, rows, attempt.clean.shape[1] - 1)
+    _, leads, w = attempt.class_gradients(a, rivals, rows)
+    return rivals.gather(1, (-leads / dual_length(w, a, 2)).argmin(1, keepdim=True))[:, 0]
+
+
+def _penalised(attempt: Attempt, row: Tensor, aim: Tensor, weight: float, loss, steps: int) -> bool:
+    """Minimise ||a - x||^2 + weight * loss(a, aim) for one image; does the minimiser win?"""
+    from scipy.optimize import minimize
+
+    x = attempt.x[row]
+    start = x.flatten().double().cpu().numpy()
+    towards = loss if attempt.target is not None else lambda logits, _: -loss(logits, aim)
+    won = False
+
+    def objective(v: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal won
+        a = torch.from_numpy(v).to(x).reshape(x.shape).clamp(0, 1)
+        logits, value, g = attempt.gradient(towards, a, row)  # of minus the loss
+        won = bool(attempt.submit(a, logits, row))
+        d = v - start
+        return d @ d - weight * float(value), 2 * d - weight * g.flatten().double().cpu().numpy()
+
+    end = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=[(0, 1)] * len(start),
+                   options={"maxiter": steps, "ftol": 1e-4})
+    objective(end.x)
+    return won
