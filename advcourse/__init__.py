@@ -10,9 +10,9 @@ def setup(seed=0, threads=1):
     """
     import torch
 
-    from advcourse import plot
+    from advcourse.plot import use_style
 
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    plot.use_style()
+    use_style()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

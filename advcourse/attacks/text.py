@@ -149,7 +149,8 @@ def textbugger(model: nn.Sequential, sentences: list[str], y: Tensor, *, box: st
 
 
 def _attack(model, sentence: str, label: int, box: str, edits: float, least_similar: float, bugs, queries: int, seed: Tensor):
-    judge, chunks, made = _Judge(model, label), sentence.split(), []
+    judge, chunks = _Judge(model, label), sentence.split()
+    made: list[Edit] = []
     now = judge.margins([sentence])[0]
     if now < 0 or queries <= 1:
         return sentence, [], bool(now < 0), judge.queries
