@@ -80,14 +80,15 @@ def card(name: str) -> dict:
 def table() -> list[str]:
     """The shipped networks as lines of a Markdown table: what they are, how they were trained, how good they are."""
     cards = [card(name) for name in names()]
-    radii = sorted({e for c in cards for e in c.get("PGD accuracy", {})}, key=float)
-    lines = [f"| network | parameters | training | epochs | clean | {' | '.join(f'PGD {e}' for e in radii)} |",
-             "|---|---:|---|---:|---:|" + "---:|" * len(radii)]
+    columns = [(title, kind, e) for title, kind in (("PGD", "PGD accuracy"), ("proved", "interval accuracy"))
+               for e in sorted({e for c in cards for e in c.get(kind, {})}, key=float)]
+    lines = [f"| network | parameters | training | epochs | clean | {' | '.join(f'{title} {e}' for title, _, e in columns)} |",
+             "|---|---:|---|---:|---:|" + "---:|" * len(columns)]
     for c in cards:
         method = c["method"] if c["method"] == "standard" else f"{c['method']}, eps {c['eps']}"
-        under = [f"{100 * c['PGD accuracy'][e]:.1f}" if e in c.get("PGD accuracy", {}) else "" for e in radii]
+        shares = [f"{100 * c[kind][e]:.1f}" if e in c.get(kind, {}) else "" for _, kind, e in columns]
         lines.append(f"| `{c['name']}` | {c['parameters']:,} | {method} | {c['epochs']} | {100 * c['clean accuracy']:.1f} | "
-                     f"{' | '.join(under)} |")
+                     f"{' | '.join(shares)} |")
     return lines
 
 
