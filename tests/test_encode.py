@@ -155,15 +155,15 @@ def test_too_small_an_M_is_wrong():
     assert distance(encode(two, at, 0, bounds=0.7), inf) > 0.2
 
 
-def test_ties_count_and_alpha_excludes_them():
+def test_ties_count_and_confidence_excludes_them():
     """A plateau where both logits are equal: nearest tie at 0.2, but class 1 wins only beyond 0.7."""
     net = network(mlp(([[-1.], [1.]], [.5, -1.]), ([[1., 0.], [0., 1.]], [0., 0.])), (1,))
     shifted = network(mlp(([[-1.], [1.]], [.5, -.75]), ([[1., 0.], [0., 1.]], [0., 0.])), (1,))
     x = torch.tensor([[0.25]])
     for f in (net, shifted):
         assert distance(encode(f, x, 0), inf) == pytest.approx(0.25)
-    assert distance(encode(net, x, 0, alpha=1e-3), inf) == inf
-    assert distance(encode(shifted, x, 0, alpha=1e-3), inf) == pytest.approx(0.501)
+    assert distance(encode(net, x, 0, confidence=1e-3), inf) == inf
+    assert distance(encode(shifted, x, 0, confidence=1e-3), inf) == pytest.approx(0.501)
     assert distance(encode(net, torch.tensor([[0.75]]), 0), inf) == 0       # x itself is a tie
 
 
@@ -249,7 +249,7 @@ GOOD = dict(model=HAND, x=torch.tensor([[0.25]]), y=0)
     (dict(objective="maximal"), "maximal"), (dict(objective="margin"), "eps=None"), (dict(eps=-0.1), "eps=-0.1"),
     (dict(eps=float("nan")), "eps=nan"), (dict(x=torch.tensor([[1.25]])), "box"), (dict(x=torch.tensor([[np.nan]])), "NaN"),
     (dict(x=torch.rand(2, 1)), "one image|differ|x has shape|expects"), (dict(bounds="magic"), "magic"),
-    (dict(bounds=-1.0), "big M"), (dict(bounds=[(np.zeros(3), np.ones(3))]), "units a layer"), (dict(alpha=-1), "alpha=-1"),
+    (dict(bounds=-1.0), "big M"), (dict(bounds=[(np.zeros(3), np.ones(3))]), "units a layer"), (dict(confidence=-1), "confidence=-1"),
 ])
 def test_bad_input_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):

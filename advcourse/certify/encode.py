@@ -33,15 +33,15 @@ SCIP = {"numerics/feastol": 1e-8, "limits/gap": 1e-7, "limits/absgap": 1e-8}
 
 
 def encode(model, x, y, *, norm=inf, target=None, eps=None, objective="distortion", bounds: Any = "interval",
-           alpha=0.0, fix_stable=True) -> cp.Problem:
+           confidence=0.0, fix_stable=True) -> cp.Problem:
     """The three formal problems for one image as a `cvxpy.Problem`, exact whenever the bounds hold for every feasible a.
 
     model: an nn.Sequential or a `Network`; x: one image in [0, 1], [*shape] or [1, *shape]; y: its class.
     objective "distortion" (problem 1) minimises ‖a − x‖: the value is d for l-infinity and l1 (MILP), d² for norm 2
     (MIQP), the number of changed pixels for norm 0 (MILP, one more binary a pixel). "margin" (problem 2) minimises
     s_y − max_k s_k over the ball of radius eps. "feasibility" (problem 3) has no objective: infeasible means robust.
-    target: one class to reach; None: any class but y (one binary a class chooses). alpha: the confidence s_k ≥ s_y + alpha.
-    Problems 1 and 3 accept ties when alpha = 0: a program cannot say ">".
+    target: one class to reach; None: any class but y (one binary a class chooses). The winner needs s_k ≥ s_y + confidence (α).
+    Problems 1 and 3 accept ties at confidence 0: a program cannot say ">".
     bounds of every hidden pre-activation: a method of `certify.bounds` run over ball ∩ box, a list of intervals, or
     one number M for −M ≤ h ≤ M, which is trusted: an M too small gives wrong answers. fix_stable sets the binary of
     a neuron whose bounds do not contain 0.
@@ -49,7 +49,7 @@ def encode(model, x, y, *, norm=inf, target=None, eps=None, objective="distortio
     ValueError: unknown objective or norm, an image or label that does not fit, target = y, eps missing or negative.
     Source: lomuscio2017approach, fischetti2018deep, tjeng2019evaluating.
     """
-    net, x, y = _check(model, x, y, norm, target, eps, objective, alpha)
+    net, x, y = _check(model, x, y, norm, target, eps, objective, confidence)
     intervals = _intervals(net, x, eps, norm, bounds)
     hidden = sum(not isinstance(layer, Affine) for layer in net.layers)
     pixels = x.double().flatten().numpy()
@@ -81,7 +81,7 @@ def encode(model, x, y, *, norm=inf, target=None, eps=None, objective="distortio
         rules += [cost <= (eps**2 if norm == 2 else eps)]
     if objective == "margin":
         return cp.Problem(cp.Minimize(m), rules)
-    return cp.Problem(cp.Minimize(cost if objective == "distortion" else 0), [*rules, m <= -alpha])
+    return cp.Problem(cp.Minimize(cost if objective == "distortion" else 0), [*rules, m <= -confidence])
 
 
 def relu(h, z, b, l, u) -> list:
@@ -151,7 +151,7 @@ def _name(letter: str, k: int, hidden: int) -> str:
     return letter if hidden == 1 else f"{letter}{k + 1}"
 
 
-def _check(model, x, y, norm, target, eps, objective, alpha):
+def _check(model, x, y, norm, target, eps, objective, confidence):
     """The network, x as [1, *shape] and y as an int; ValueError names what is wrong."""
     threat.check_norm(norm)
     y, target = int(y), None if target is None else int(target)
@@ -171,8 +171,8 @@ def _check(model, x, y, norm, target, eps, objective, alpha):
         raise ValueError(f"eps=None: the objective {objective!r} needs a ball")
     if eps is not None:
         threat.check_eps(eps)
-    if not 0 <= alpha < inf:
-        raise ValueError(f"alpha={alpha!r} is not a confidence: it must be 0 or more")
+    if not 0 <= confidence < inf:
+        raise ValueError(f"confidence={confidence!r} is not one: it must be 0 or more")
     return net, x, y
 
 
