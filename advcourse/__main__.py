@@ -31,7 +31,7 @@ def train(args: argparse.Namespace) -> int:
         out = args.out or models.WEIGHTS
         card = train.make(name, out, cache_folder() / "train" / f"{name}.pt")
         print(f"{out / name}.safetensors: clean accuracy {card['clean accuracy']:.2%}, under PGD "
-              + ", ".join(f"{a:.1%} at {e}" for e, a in card["PGD accuracy"].items()))
+              + ", ".join(f"{a:.1%} at {e}" for e, a in card.get("PGD accuracy", {}).items()))
     return 0
 
 

@@ -37,11 +37,22 @@ def cnn(channels: tuple[int, ...] = (8, 16), hidden: int = 64, classes: int = 10
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
 
+def text_cnn(vocabulary: int = 8646, dimension: int = 48, filters: int = 100, length: int = 56) -> nn.Sequential:
+    """A word network for sentences: token ids [n, length] (`words.encode`) to two logits, after kim2014convolutional.
+
+    Embeddings, one layer of filters over three words, the maximum over the sentence, dropout, a linear map.
+    """
+    return nn.Sequential(nn.Embedding(vocabulary, dimension, padding_idx=0), nn.Unflatten(1, (1, length)),
+                         nn.Conv2d(1, filters, (3, dimension), padding=(1, 0)), nn.ReLU(), nn.AdaptiveMaxPool2d(1),
+                         nn.Flatten(), nn.Dropout(0.5), nn.Linear(filters, 2))
+
+
 ARCHITECTURES: dict[str, Callable[[], nn.Sequential]] = {
     "mnist-mlp": partial(mlp, 784, 100, 10),
     "mnist-mlp50": partial(mlp, 784, 50, 50, 10),
     "mnist-cnn": cnn,
     "fashion-cnn": cnn,
+    "reviews-cnn": text_cnn,
 }
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from advcourse import attacks, data, models, threat
+from advcourse import attacks, data, models, threat, words
 from advcourse.files import replace
 
 
@@ -236,10 +236,10 @@ def make(name: str, out: Path = models.WEIGHTS, checkpoint: Path | None = None) 
 
     On the same torch and kind of processor it ends with the shipped weights, bit for bit. ValueError for an unknown name.
     """
-    from safetensors.torch import save_file
-
+    if name == "reviews-cnn":
+        return _make_text(name, out)
     if name not in RECIPES:
-        raise ValueError(f"name={name!r} has no recipe: choose one of {', '.join(RECIPES)}")
+        raise ValueError(f"name={name!r} has no recipe: choose one of {', '.join(RECIPES)}, reviews-cnn")
     recipe, model = RECIPES[name], models.build(name)
     log = fit(model, *dataset(name, "train"), recipe, checkpoint)
     x, y = dataset(name, "test")
@@ -247,14 +247,31 @@ def make(name: str, out: Path = models.WEIGHTS, checkpoint: Path | None = None) 
             "data": f"{'fashion_mnist' if name.startswith('fashion') else 'mnist'}, embedded, "
                     f"{len(dataset(name, 'train')[0])} training and {len(x)} test images",
             **asdict(recipe), **judge(model, x, y),
-            "PGD": f"l-infinity, 40 steps, 3 restarts, margin loss, first {CARD_IMAGES} test images",
-            "command": f"python -m advcourse train {name}", "torch": str(torch.__version__),
-            "processor": torch.backends.cpu.get_cpu_capability()}
-    card = json.loads(json.dumps(card))  # as it is read back
+            "PGD": f"l-infinity, 40 steps, 3 restarts, margin loss, first {CARD_IMAGES} test images"}
+    card = _ship(name, model, card, log, out)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return card
+
+
+def _make_text(name: str, out: Path) -> dict:
+    model = models.build(name)
+    log = words.fit(model)
+    sentences, y = data.reviews("test")
+    card = {"name": name, "parameters": sum(p.numel() for p in model.parameters()), "method": "standard", "epochs": len(log),
+            "seed": 0, "data": f"reviews, embedded, {len(data.reviews('train')[0])} training and {len(y)} test sentences",
+            "clean accuracy": accuracy(model, words.encode(sentences), y)}
+    return _ship(name, model, card, log, out)
+
+
+def _ship(name: str, model: nn.Sequential, card: dict, log: list[dict], out: Path) -> dict:
+    """Write weights, log and card, each to a temporary file first."""
+    from safetensors.torch import save_file
+
+    card = json.loads(json.dumps({**card, "command": f"python -m advcourse train {name}", "torch": str(torch.__version__),
+                                  "processor": torch.backends.cpu.get_cpu_capability()}))  # as it is read back
     weights = {k: v.contiguous() for k, v in model.state_dict().items()}
     replace(out / f"{name}.safetensors", lambda part: save_file(weights, part))
     replace(out / f"{name}.log.jsonl", lambda part: part.write_text("".join(json.dumps(e) + "\n" for e in log)))
     replace(out / f"{name}.json", lambda part: part.write_text(json.dumps(card, indent=1) + "\n"))
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
     return card
