@@ -72,6 +72,8 @@ def tighten(layers: Sequence[Layer], box: Interval, known: list[Interval], domai
             steps: int = 0) -> Interval:
     """`box`, what interval arithmetic says of the chain's output, intersected with backward bounds for `wanted` units."""
     lower, upper = box.lower.clone(), box.upper.clone()
+    if not wanted.any():
+        return box
     widest = max([domain.lower.shape[1], *(b.lower.shape[1] for b in known)])
     part = max(1, BUDGET // (2 * len(lower) * widest))
     for units in wanted.nonzero()[:, 0].split(part):
@@ -84,7 +86,7 @@ def tighten(layers: Sequence[Layer], box: Interval, known: list[Interval], domai
 
 
 def lower_bound(layers: Sequence[Layer], C: Tensor, known: Sequence[Interval], domain: Domain, *, steps: int = 0,
-                rate: float = 0.1) -> Tensor:
+                rate: float = 0.25) -> Tensor:
     """Lower bounds [n, m] of C h over the domain, h the output of the chain `layers` and C [n | 1, m, units of h].
 
     `known` encloses what enters each ReLU and maximum of the chain. steps > 0 optimises the slopes, apart for every row of
@@ -131,7 +133,7 @@ def backward(layers: Sequence[Layer], C: Tensor, known: Sequence[Interval], doma
 def relu_lines(box: Interval) -> tuple[Tensor, Tensor, Tensor]:
     """(a, s, t), each [n, units], with a h <= relu(h) <= s h + t on the box; a is CROWN's choice of 0 or 1."""
     l, u = box
-    on, unstable = (l >= 0).to(l.dtype), (l < 0) & (u > 0)
+    on, unstable = (l >= 0).to(l.dtype), ~(l >= 0) & ~(u <= 0)      # NaN counts as unstable, and stays NaN
     s = torch.where(unstable, u / (u - l), on)
     return torch.where(unstable, (u > -l).to(l.dtype), on), s, torch.where(unstable, -s * l, 0)
 
@@ -140,7 +142,7 @@ def _over_relu(A: Tensor, box: Interval, slope: Tensor | None) -> tuple[Tensor, 
     """A relu(h) >= A' h + moved: positive coefficients take the lower line, negative ones the upper line."""
     a, s, t = (v[:, None] for v in relu_lines(box))
     if slope is not None:
-        a = torch.where((box.lower < 0)[:, None] & (box.upper > 0)[:, None], slope, a)
+        a = torch.where(((box.lower < 0) & (box.upper > 0))[:, None], slope, a)
     positive, negative = A.clamp_min(0), A.clamp_max(0)
     return positive * a + negative * s, dot(negative, t[:, 0])
 

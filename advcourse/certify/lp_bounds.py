@@ -112,6 +112,8 @@ class _Chain:
         """z = relu(h): h itself where on, 0 where off, else h = z − s, z <= u, s <= −l, (−l) z + u s <= −l u (or a binary)."""
         l, u = box.lower[0], box.upper[0]
         open_ = ((l < 0) & (u > 0)).nonzero()[:, 0]
+        if not len(open_):
+            return self._replace((l >= 0).to(l), open_, np.zeros(0, dtype=int))
         low, high = l[open_].numpy(), u[open_].numpy()
         z, s = self.program.columns(0 * low, high), self.program.columns(0 * low, -low)
         width = self.M.shape[1]
@@ -119,7 +121,7 @@ class _Chain:
         self.program.rows([(z, one), (s, -one), (columns, -self.M[open_].numpy())], beta, beta)
         size = np.maximum(high, -low)
         self.program.rows([(z, -low / size), (s, high / size)], -inf, -low * high / size)
-        if self.exact and len(open_):
+        if self.exact:
             on = self.program.columns(0 * low, one, integer=True)
             self.program.rows([(z, one), (on, -high)], -inf, 0 * low)
             self.program.rows([(s, one), (on, -low)], -inf, -low)
@@ -131,6 +133,9 @@ class _Chain:
         first = layer.index.gather(1, l.argmax(1, keepdim=True))
         rival = (u >= l.amax(1, keepdim=True)) & (layer.index != first)
         open_ = rival.any(1).nonzero()[:, 0]
+        if not len(open_):
+            self.M, self.b = self.M[first[:, 0]], self.b[first[:, 0]]
+            return
         top = u[open_].amax(1).numpy()
         t = self.program.columns(l[open_].amax(1), top)
         width, M, b = self.M.shape[1], self.M.numpy(), self.b.numpy()
