@@ -149,14 +149,14 @@ def climb_adaptively(attempt: Attempt, a: Tensor, rows: Tensor, *, loss, steps: 
     value, best, stale = (torch.full_like(length, v) for v in (inf, -inf, inf))
     rises, before, best_a, best_g = torch.zeros_like(rows), a, a.clone(), torch.zeros_like(a)
     for k in range(steps + 1):
+        if not len(rows):
+            return
         logits, new, g = attempt.gradient(loss, a, rows)
         won = attempt.submit(a, logits, rows)
         if bool(won.any()):
             rows, a, before, best_a, g, best_g, length, value, new, best, stale, rises = (
                 v[~won] for v in (rows, a, before, best_a, g, best_g, length, value, new, best, stale, rises))
             ball.keep(~won)
-            if not len(rows):
-                return
         rises, value, higher = rises + (new > value), new, new > best
         best_a[higher], best_g[higher], best[higher] = a[higher], g[higher], new[higher]
         if k in marks:
