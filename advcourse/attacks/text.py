@@ -59,9 +59,11 @@ def bug(word: str, kind: str, u: float, neighbours: dict[str, str]) -> str | Non
     if kind == "delete" and len(inner) > 1:
         i = inner[int(u * len(inner))]
         return word[:i] + word[i + 1:]
-    if kind == "swap" and len(inner) > 1:
-        i = inner[int(u * (len(inner) - 1))]
-        return word[:i] + word[i + 1] + word[i] + word[i + 2:] if word[i] != word[i + 1] else None
+    if kind == "swap":
+        places = [i for i in inner[:-1] if word[i] != word[i + 1]]
+        if places:
+            i = places[int(u * len(places))]
+            return word[:i] + word[i + 1] + word[i] + word[i + 2:]
     if kind == "look-alike":
         places = [i for i in letters if word[i].lower() in LOOK_ALIKE]
         if places:
