@@ -76,7 +76,7 @@ def _draw(x: Tensor, a: Tensor, before: Tensor, after: Tensor, name: list[str]) 
     axes[3].set_xticks(range(len(top)), [name[k] for k in top])
     axes[3].set(ylim=(0, 1.02), title="confidence")
     axes[3].legend(fontsize=8)
-    figure.tight_layout(pad=0.5)
+    figure.tight_layout(pad=0.5, w_pad=1.2)
     return figure
 
 
