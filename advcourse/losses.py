@@ -30,11 +30,13 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Difference-of-logits ratio: minus the margin over the spread of the three largest logits (croce2020reliable).
 
-    Unchanged when all logits are shifted or scaled; with two classes, where no third logit exists, the spread is that of
-    the two.
+    Unchanged when all logits are shifted or scaled. With two classes that ratio would be constant, so there it is minus the
+    margin itself.
     """
-    top = logits.topk(min(3, logits.shape[1]), 1).values
-    return -margin(logits, y) / (top[:, 0] - top[:, -1]).clamp_min(1e-12)
+    if logits.shape[1] < 3:
+        return -margin(logits, y)
+    top = logits.topk(3, 1).values
+    return -margin(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(1e-12)
 
 
 def houdini(logits: Tensor, y: Tensor, cost: Tensor | None = None) -> Tensor:

@@ -174,7 +174,7 @@ def checkpoints(steps: int) -> list[int]:
     while marks[-1] < 1:
         gap = max(gap - 0.03, 0.06)
         marks.append(marks[-1] + gap)
-    return sorted({ceil(m * steps) for m in marks[1:]})
+    return sorted({ceil(m * steps - 1e-9) for m in marks[1:]})
 
 
 def check_count(k, name: str) -> None:

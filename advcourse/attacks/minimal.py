@@ -90,7 +90,7 @@ def pull_back(attempt: Attempt, rounds: int, halvings: int = 4) -> None:
             low, high = torch.where(won, low, middle), torch.where(won, middle, high)
 
 
-def lbfgs(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 50, search_steps: int = 8, weight: float = 1.0,
+def lbfgs(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 50, search_steps: int = 10, weight: float = 1.0,
           loss="cross_entropy", refine: int = 0, target: Tensor | None = None, confidence: float = 0.0,
           generator=None) -> AttackResult:
     """Szegedy's attack: min ||a - x||_2^2 + weight * J(a, t) over the box, by L-BFGS-B (szegedy2014intriguing, byrd1995limited).
