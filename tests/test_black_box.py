@@ -165,6 +165,16 @@ def test_transfer_is_judged_on_the_model_and_substitutes_take_turns():
     assert (both.queries[alone.success] == 3).all() and (both.queries[~alone.success] == 4).all()
 
 
+def test_transfer_takes_images_too_and_discards_those_outside_the_ball():
+    model, x = linear(classes=3), images(30)
+    y = predicted(model, x)
+    far = images(30, seed=8)
+    found = transfer(model, x, y, attack=lambda *_, **__: far, substitutes=model, eps=0.1)
+    assert (predicted(model, far) != y).any() and not found.success.any() and torch.equal(found.adversarial, x)
+    white = transfer(model, x, y, attack=lambda m, x, y, **kw: fgsm(m, x, y, eps=0.1).adversarial, substitutes=model, eps=0.1)
+    assert torch.equal(white.success, fgsm(model, x, y, eps=0.1).success)
+
+
 def test_transfer_treats_an_image_alone_as_in_a_batch():
     model, substitutes, x = linear(classes=3), [linear(classes=3, seed=s) for s in (4, 5)], images(10)
     y, options = predicted(model, x), {"attack": partial(pgd, steps=3), "substitutes": substitutes, "eps": 0.2}

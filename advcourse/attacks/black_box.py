@@ -46,7 +46,7 @@ def random_search(model: nn.Module, x: Tensor, y: Tensor, *, eps, norm=inf, quer
     return attempt.result()
 
 
-def transfer(model: nn.Module, x: Tensor, y: Tensor, *, attack: Callable[..., AttackResult],
+def transfer(model: nn.Module, x: Tensor, y: Tensor, *, attack: Callable[..., AttackResult | Tensor],
              substitutes: nn.Module | Sequence[nn.Module], eps=inf, norm=inf, target: Tensor | None = None,
              generator: torch.Generator | None = None, **options) -> AttackResult:
     """Attack substitutes one after the other, and try what each yields on the model itself (papernot2016transferability).
@@ -54,7 +54,8 @@ def transfer(model: nn.Module, x: Tensor, y: Tensor, *, attack: Callable[..., At
     `attack` is called as attack(substitute, x, y, norm=norm, generator=generator, **options), with eps and target where
     they are given. Asks `model` once for each substitute, besides the one look at x, and never for a gradient; queries
     counts these, not the substitutes' own. An attack that stops at the border of the substitute's class seldom crosses
-    the model's: give it a confidence. Judged on `model`, in ball ∩ box; errors are those of the attack.
+    the model's: give it a confidence, or a function that returns images [n, *shape], broken or not. Judged on `model`, in
+    ball ∩ box; errors are those of the attack.
     """
     attempt = Attempt(model, x, y, norm=norm, eps=eps, target=target, generator=torch.Generator())
     options |= {} if bool((attempt.eps == inf).all()) else {"eps": eps}
@@ -66,6 +67,7 @@ def transfer(model: nn.Module, x: Tensor, y: Tensor, *, attack: Callable[..., At
         if not len(rows):
             break
         generator.set_state(start)  # so that an image meets each substitute with the same randomness in any batch
-        a = attack(substitute, x, y, norm=norm, generator=generator, **options).adversarial[rows].to(attempt.x)
+        found = attack(substitute, x, y, norm=norm, generator=generator, **options)
+        a = (found if isinstance(found, Tensor) else found.adversarial)[rows].to(attempt.x)
         attempt.submit(a, attempt.logits(a, rows), rows)
     return attempt.result()
