@@ -77,8 +77,8 @@ def pull_back(attempt: Attempt, rounds: int, halvings: int = 4) -> None:
         _, value, w = attempt.gradient(losses.margin_loss, best, rows)
         gap = attempt.confidence - value + (w * (best - x)).flatten(1).sum(1)
         if attempt.norm == 0:  # a point between two others changes the pixels of both: aim further beyond instead
-            for k in range(halvings + 2):
-                a = threat.nearest_beyond(w, gap * 1.2**k, x, 0)
+            for further in (1.0001, 1.03, 1.1, 1.25, 1.5, 2.0):
+                a = threat.nearest_beyond(w, gap * further, x, 0)
                 attempt.submit(a, attempt.logits(a, rows), rows)
             continue
         near = threat.nearest_beyond(w, gap, x, attempt.norm)
