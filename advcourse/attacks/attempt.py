@@ -118,7 +118,7 @@ class Attempt:
 
     def logits(self, a: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits [m, c] of the candidates a, without gradient; one query an image."""
-        self._count(1, rows)
+        self.count(1, rows)
         with evaluating(self.model), torch.no_grad():
             return self._forward(a)
 
@@ -128,7 +128,7 @@ class Attempt:
         Without `a`, at the images themselves. Two queries an image. Parameters get no gradient; a gradient that is NaN or
         infinite becomes 0.
         """
-        self._count(2, rows)
+        self.count(2, rows)
         with evaluating(self.model), torch.enable_grad():
             at = (self.x if a is None else a).detach().requires_grad_()
             logits = self._forward(at)
@@ -146,7 +146,7 @@ class Attempt:
 
         1 + k queries an image; a gradient that is NaN or infinite becomes 0.
         """
-        self._count(1 + rivals.shape[1], rows)
+        self.count(1 + rivals.shape[1], rows)
         with evaluating(self.model), torch.enable_grad():
             at = a.detach().requires_grad_()
             logits = self._forward(at)
@@ -154,11 +154,12 @@ class Attempt:
             grads = [torch.autograd.grad(leads[:, k].sum(), at, retain_graph=True)[0] for k in range(rivals.shape[1])]
         return logits.detach(), leads.detach(), torch.nan_to_num(torch.stack(grads), nan=0.0, posinf=0.0, neginf=0.0)
 
-    def _count(self, k: int, rows: Tensor | None) -> None:
+    def count(self, k: int, rows: Tensor | None = None) -> None:
+        """Add k queries to each image of `rows`; an image that is there several times pays several times."""
         if rows is None:
             self.queries += k
         else:
-            self.queries[rows] += k
+            self.queries.index_add_(0, rows, torch.full_like(rows, k))
 
     def wins(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
         """[m] bool: the candidates with these logits are adversarial, with the confidence asked for; NaN never is."""

@@ -76,7 +76,7 @@ def _fit(attempt: Attempt, net: nn.Sequential, kind: str, eps: float, classes: i
             loss = (aim + weight * ((a - x) ** 2).flatten(1).sum(1)).mean()
             for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 p.grad = torch.nan_to_num(g)
-        attempt._count(2, now)
+        attempt.count(2, now)
         optimiser.step()
 
 

@@ -6,38 +6,44 @@ from torch import Tensor, nn
 
 from advcourse import noise, threat
 from advcourse.attacks.attempt import AttackResult, Attempt, evaluating
+from advcourse.attacks.iterative import check_count
 from advcourse.attacks.minimal import pull_back
 from advcourse.losses import margin
 
 
 def _slopes(attempt: Attempt, a: Tensor, rows: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits, gradient of the logit of t, gradient of the sum of the others), from one forward and two backward passes."""
-    attempt._count(3, rows)
+    """(logits, gradient of the logit of t, gradient of the sum of the others), [m, c], [m, p], [m, p]: three queries."""
+    attempt.count(3, rows)
     with evaluating(attempt.model), torch.enable_grad():
         at = a.detach().requires_grad_()
         s = attempt.model(at)
         own, = torch.autograd.grad(s.gather(1, t[:, None]).sum(), at, retain_graph=True)
         every, = torch.autograd.grad(s.sum(), at)
-    return s.detach(), torch.nan_to_num(own.flatten(1)), torch.nan_to_num((every - own).flatten(1))
+    own, others = (torch.nan_to_num(g.flatten(1), nan=0.0, posinf=0.0, neginf=0.0) for g in (own, every - own))
+    return s.detach(), own, others
 
 
-def saliency_pair(own: Tensor, others: Tensor, a: Tensor, candidates: int = 24) -> tuple[Tensor, Tensor]:
+def saliency_pair(own: Tensor, others: Tensor, a: Tensor, free: Tensor | None = None,
+                  candidates: int = 24) -> tuple[Tensor, Tensor]:
     """The pair of pixels of largest saliency and where each goes, 0 or 1: indices [m, 2], values [m, 2].
 
-    A pair scores -(gain of the target) * (gain of the others) where the first is positive and the second negative
-    (papernot2016limitations), each gain being slope times room. Where no pair qualifies the target's gain less the others'
-    decides alone. Pairs are searched among the `candidates` pixels that are best by that difference.
+    `own` and `others` [m, p] are the slopes of the target's logit and of the sum of the others at a [m, p]. A pixel's gain is
+    slope times room; a pair scores -(gain of the target) * (gain of the others) where the first is positive and the second
+    negative (papernot2016limitations). Where no pair qualifies the target's gain less the others' decides alone. Pairs are
+    searched among the `candidates` pixels, `free` [m, p] ones only, that are best by that difference.
     """
     up = own - others > 0  # the direction in which this pixel helps
     room = torch.where(up, 1 - a, -a)
-    gain, loss = own * room, others * room
+    worth = (own - others) * room
+    if free is not None:
+        worth = worth.masked_fill(~free, -inf)
     k = min(candidates, a.shape[1])
-    top = (gain - loss).topk(k, 1).indices
-    g, l = gain.gather(1, top), loss.gather(1, top)
-    g, l = g[:, :, None] + g[:, None, :], l[:, :, None] + l[:, None, :]
-    single = torch.eye(k, dtype=torch.bool, device=a.device)
-    score = torch.where((g > 0) & (l < 0), -g * l, -inf).masked_fill(single, -inf).flatten(1)
-    fallback = (g - l).masked_fill(single, -inf).flatten(1)
+    top = worth.topk(k, 1).indices
+    gain, fall = (own * room).gather(1, top), (others * room).gather(1, top)
+    gain, fall, total = (v[:, :, None] + v[:, None, :] for v in (gain, fall, worth.gather(1, top)))
+    barred = torch.eye(k, dtype=torch.bool, device=a.device) | (total == -inf)
+    score = torch.where((gain > 0) & (fall < 0), -gain * fall, -inf).masked_fill(barred, -inf).flatten(1)
+    fallback = total.masked_fill(barred, -inf).flatten(1)
     best = torch.where(score.amax(1) > -inf, score.argmax(1), fallback.argmax(1))
     pair = top.gather(1, torch.stack([best // k, best % k], 1))
     return pair, up.gather(1, pair).to(a.dtype)
@@ -45,30 +51,29 @@ def saliency_pair(own: Tensor, others: Tensor, a: Tensor, candidates: int = 24) 
 
 def jsma(model: nn.Module, x: Tensor, y: Tensor, *, eps=inf, norm=0, target: Tensor | None = None, steps: int = 100,
          confidence: float = 0.0, refine: int = 3, generator: torch.Generator | None = None) -> AttackResult:
-    """Jacobian saliency map attack: two pixels a step, sent to black or white (papernot2016limitations).
+    """Jacobian saliency map attack: two pixels a step, sent to black or white, each once (papernot2016limitations).
 
-    Without `target` it aims at the runner-up class of the image, and any mistake counts. `eps` caps the number of values changed;
-    `refine` rounds of `pull_back` end the attack (0: as published). An upper bound on the smallest number of values. Errors
-    as for `fgsm`; ValueError for a norm other than 0.
+    Without `target` it aims at the runner-up class of the image, and any mistake counts. `eps` caps the number of values
+    changed; `refine` rounds of `pull_back` end the attack (0: as published). An upper bound on the smallest number of values.
+    Errors as for `fgsm`; ValueError for a norm other than 0 and for steps below 1.
     """
     if norm != 0:
         raise ValueError(f"norm={norm!r}: jsma counts changed values, its norm is 0")
+    check_count(steps, "steps")
     attempt = Attempt(model, x, y, norm=0, eps=eps, target=target, confidence=confidence, generator=generator)
     rows = attempt.open
-    if target is None:
-        goal = attempt.clean.scatter(1, y[:, None], -inf).argmax(1)
-    else:
-        goal = target
+    goal = attempt.clean.scatter(1, y[:, None], -inf).argmax(1) if target is None else target
     a = attempt.x[rows]
     for _ in range(steps):
         if not len(rows):
             break
         logits, own, others = _slopes(attempt, a, rows, goal[rows])
-        won = attempt.submit(a, logits, rows)
-        going = ~won & (threat.distance(a, attempt.x[rows], 0) + 1 < attempt.eps[rows])
-        rows, a, own, others = rows[going], a[going], own[going], others[going]
+        free = (a == attempt.x[rows]).flatten(1)
+        changed = (~free).sum(1)
+        going = ~attempt.submit(a, logits, rows) & (changed + 2 <= attempt.eps[rows].clamp_max(a[0].numel()))
+        rows, a = rows[going], a[going]
         if len(rows):
-            pair, value = saliency_pair(own, others, a.flatten(1))
+            pair, value = saliency_pair(own[going], others[going], a.flatten(1), free[going])
             a = a.flatten(1).scatter(1, pair, value).reshape(a.shape)
     if len(rows):
         attempt.submit(a, attempt.logits(a, rows), rows)
@@ -80,50 +85,54 @@ def one_pixel(model: nn.Module, x: Tensor, y: Tensor, *, eps: int = 1, norm=0, t
               generations: int = 20, population: int = 40, generator: torch.Generator | None = None) -> AttackResult:
     """Change `eps` pixels, found by differential evolution from the model's outputs alone (su2019one; storn1997differential).
 
-    Black box: only logits are asked for, no gradient. A candidate is eps times (row, column, value for every channel); SciPy's
-    differential evolution raises the margin loss and stops at the first success. Images are [n, channels, h, w] or
-    [n, p]. With several channels a pixel counts once in `eps`, its values all count in `distance`. Errors as for `fgsm`.
+    Black box: only logits are asked for, no gradient, population * (generations + 1) times at most. A candidate is eps times
+    (row, column, a value for every channel); SciPy's differential evolution raises the margin loss and stops at the first
+    success. Images are [n, channels, h, w], anything else is one long row. With several channels a pixel counts once in
+    `eps`, its values all count in `distance`. Errors as for `fgsm`; ValueError for another norm or an eps that is not whole.
     """
-    if norm != 0 or eps != int(eps):
-        raise ValueError(f"norm={norm!r}, eps={eps!r}: one_pixel changes a whole number of pixels, norm 0")
-    channels = x.shape[1] if x.dim() == 4 else 1
-    attempt = Attempt(model, x, y, norm=0, eps=eps * channels, target=target, generator=generator)
-    for i in attempt.open.tolist() if eps else []:
-        _evolve(attempt, i, int(eps), channels, generations, population)
+    if norm != 0:
+        raise ValueError(f"norm={norm!r}: one_pixel counts changed values, its norm is 0")
+    threat.check_eps(eps)
+    if torch.as_tensor(eps).dim() or float(eps) % 1:
+        raise ValueError(f"eps of shape {list(torch.as_tensor(eps).shape)}, eps={eps!r}: a whole number of pixels is needed")
+    check_count(generations, "generations")
+    check_count(population - 4, "population - 4")  # SciPy's least is five
+    channels = x.shape[1] if isinstance(x, Tensor) and x.dim() == 4 else 1
+    attempt = Attempt(model, x, y, norm=0, eps=int(eps) * channels, target=target, generator=generator)
+    for row in attempt.open[:, None] if eps else []:
+        _evolve(attempt, row, int(eps), channels, generations, population)
     return attempt.result()
 
 
-def _evolve(attempt: Attempt, i: int, pixels: int, channels: int, generations: int, population: int) -> None:
+def _paint(x: Tensor, genes: Tensor) -> Tensor:
+    """x [channels, h, w] with k pixels repainted, (row, column, values) in [0, 1]: [m, k, 2 + channels] -> [m, channels, h, w]."""
+    channels, h, w = x.shape
+    row, column = ((genes[..., i] * size).long().clamp(0, size - 1) for i, size in ((0, h), (1, w)))
+    place = (row * w + column)[:, None, :].expand(-1, channels, -1)
+    return x.flatten(1).expand(len(genes), -1, -1).scatter(2, place, genes[..., 2:].transpose(1, 2)).reshape(-1, channels, h, w)
+
+
+def _evolve(attempt: Attempt, row: Tensor, pixels: int, channels: int, generations: int, population: int) -> None:
     from scipy.optimize import differential_evolution
 
-    x = attempt.x[i]
-    planes = x.reshape(channels, -1)
-    width = x.shape[-1] if x.dim() == 3 else planes.shape[1]
-    height = planes.shape[1] // width
-    row = torch.tensor([i], device=x.device)
-    label = attempt.label(row)
+    x = attempt.x[row]
+    planes = x[0] if x.dim() == 4 else x.reshape(1, 1, -1)
     sign = 1.0 if attempt.target is None else -1.0
-
-    def paint(genes: Tensor) -> Tensor:  # [population, pixels, 2 + channels] -> images
-        r, c = (genes[..., 0] * height).long().clamp(0, height - 1), (genes[..., 1] * width).long().clamp(0, width - 1)
-        a = planes.expand(len(genes), -1, -1).clone()
-        where = (r * width + c)[:, None, :].expand(-1, channels, -1)
-        return a.scatter(2, where, genes[..., 2:].permute(0, 2, 1)).reshape(len(genes), *x.shape)
+    genes = pixels * (2 + channels)
 
     def cost(columns):  # SciPy hands one candidate a column
-        genes = torch.as_tensor(columns.T.copy(), dtype=x.dtype, device=x.device).reshape(-1, pixels, 2 + channels)
-        a = paint(genes)
-        logits = attempt.logits(a, row.expand(len(a)))
-        attempt.queries[i] += len(a) - 1  # an index put counts a repeated row once
-        for j in attempt.wins(logits, row.expand(len(a))).nonzero()[:1, 0].tolist():
-            attempt.submit(a[j:j + 1], logits[j:j + 1], row)
-        return sign * margin(logits, label.expand(len(a))).double().cpu().numpy()
+        drawn = torch.as_tensor(columns.T.copy(), dtype=x.dtype, device=x.device).reshape(-1, pixels, 2 + channels)
+        a = _paint(planes, drawn).reshape(-1, *x.shape[1:])
+        rows = row.expand(len(a))
+        logits = attempt.logits(a, rows)
+        won = attempt.wins(logits, rows)
+        if bool(won.any()):
+            nearest = torch.where(won, threat.distance(a, x, 0), inf).argmin().reshape(1)
+            attempt.submit(a[nearest], logits[nearest], row)
+        return torch.nan_to_num(sign * margin(logits, attempt.label(rows)), nan=inf).double().cpu().numpy()
 
-    differential_evolution(cost, [(0, 1)] * (pixels * (2 + channels)), maxiter=generations, popsize=1, init=_start(
-        attempt, i, population, pixels * (2 + channels)), vectorized=True, updating="deferred", polish=False, tol=0,
-        mutation=0.5, recombination=1.0, rng=int(attempt.seeds[i]) % 2**32,
-        callback=lambda intermediate_result: bool(attempt.distance[i] < inf))
-
-
-def _start(attempt: Attempt, i: int, population: int, genes: int):
-    return noise.uniform(attempt.seeds[i:i + 1], population * genes, dtype=torch.float64).reshape(population, genes).cpu().numpy()
+    start = noise.uniform(attempt.seeds[row], population * genes, dtype=torch.float64).reshape(population, genes)
+    differential_evolution(
+        cost, [(0, 1)] * genes, init=start.cpu().numpy(), maxiter=generations, vectorized=True, updating="deferred",
+        polish=False, tol=0, mutation=0.5, recombination=1.0, rng=int(attempt.seeds[row]) % 2**32,
+        callback=lambda intermediate_result: bool(attempt.distance[row] < inf))
