@@ -148,7 +148,7 @@ class Program:
         hs = highs()
         solver = self.load(options | ({} if time_limit is None else {"time_limit": max(float(time_limit), 0.0)}))
         stop = {"asked": False, "interrupted": False}
-        with _interrupts(stop):
+        with interrupts(stop):
             self._listen(hs, solver, watch, stop)
             solver.run()
         info, status = solver.getInfo(), solver.getModelStatus()
@@ -184,7 +184,7 @@ class Program:
 
 
 @contextmanager
-def _interrupts(stop: dict[str, bool]):
+def interrupts(stop: dict[str, bool]):
     """Ctrl-C sets a flag that the solver's callback reads: an exception must not cross the solver's own code."""
     if threading.current_thread() is not threading.main_thread():
         yield

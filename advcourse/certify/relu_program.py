@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from advcourse.certify.milp import Program
-from advcourse.certify.presolve import Reduced, Rows
+from advcourse.certify.reduced import Reduced, Rows
 
 WIDEN = 1e-7        # how far bounds on units are moved outward, relative: the solver's own feasibility tolerance
 
@@ -65,13 +65,16 @@ def _tangents(room: np.ndarray, knots: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 @dataclass
 class ReluProgram:
-    """The program, and where to read its solution: `point` gives the image, `phase` the columns of the open units."""
+    """The program, and where to read its solution: columns of the steps, of h, s and b of the open units; rows of the units."""
 
     program: Program
     x: np.ndarray
     pieces: Pieces
     step: np.ndarray
+    h: np.ndarray
+    s: np.ndarray
     phase: np.ndarray
+    unit_rows: slice
 
     def point(self, values: np.ndarray) -> np.ndarray:
         """The image a [p] of a solution."""
@@ -82,9 +85,9 @@ class ReluProgram:
 
 def relu_program(red: Reduced, margin: Rows, x: Tensor, *, norm, radius: float, goal: str, at_most: float = inf,
                  knots: np.ndarray | None = None, phases: Tensor | None = None) -> ReluProgram:
-    """The program over the images within `radius` of x [p] in red.region, with `margin` (one row) at most `at_most`.
+    """The program over the images within `radius` of x [p] in red.region, with every row of `margin` at most `at_most`.
 
-    goal "margin" minimises the margin, "distance" the distance (its square for norm 2, from below), "any" nothing.
+    goal "margin" minimises the first row, "distance" the distance (its square for norm 2, from below).
     phases [units] bool fixes every unit: what is left is a linear program on one activation region, and an upper bound.
     """
     p, at = Program(), x.double().cpu().numpy()
@@ -97,15 +100,17 @@ def relu_program(red: Reduced, margin: Rows, x: Tensor, *, norm, radius: float, 
         W = rows.W.cpu().numpy()
         return (step, W[:, parts.pixel] * parts.sign), rows.b.cpu().numpy() + W @ at, rows.slack.cpu().numpy()
 
-    h, phase = _units(p, red, reads, phases)
+    first = p.height
+    h, s, phase = _units(p, red, reads, phases)
     pixels, constant, slack = reads(margin)
-    terms = [pixels, (h, margin.V.cpu().numpy())]
+    each = [(pixels[0], pixels[1]), (h, margin.V.cpu().numpy())]
     if goal == "margin":
         m = p.columns([-inf], [at_most + slack[0]], 1.0)
-        p.rows([*terms, (m, -np.ones((1, 1)))], -constant, -constant)
-    else:
-        p.rows(terms, -inf, at_most - constant + slack)
-    return ReluProgram(p, at, parts, step, phase)
+        p.rows([*((columns, M[:1]) for columns, M in each), (m, -np.ones((1, 1)))], -constant[0], -constant[0])
+        each, constant, slack = [(columns, M[1:]) for columns, M in each], constant[1:], slack[1:]
+    if len(constant):
+        p.rows(each, -inf, at_most - constant + slack)
+    return ReluProgram(p, at, parts, step, h, s, phase, slice(first, first + len(h)))
 
 
 def _ball(p: Program, parts: Pieces, step: np.ndarray, norm, radius: float, minimise: bool) -> None:
@@ -126,8 +131,8 @@ def _ball(p: Program, parts: Pieces, step: np.ndarray, norm, radius: float, mini
         p.rows([(step, parts.cost[None])], -inf, radius**2 if norm == 2 else radius)
 
 
-def _units(p: Program, red: Reduced, reads, phases: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-    """Columns h and b of the undecided units."""
+def _units(p: Program, red: Reduced, reads, phases: Tensor | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Columns h, s and b of the undecided units."""
     l, u = (v.cpu().numpy() for v in (red.lower, red.upper))
     l, u = l - WIDEN * (1 - l), u + WIDEN * (1 + u)
     zero, one = np.zeros_like(l), np.ones_like(l)
@@ -140,7 +145,7 @@ def _units(p: Program, red: Reduced, reads, phases: Tensor | None) -> tuple[np.n
         p.rows([(h, one), (s, -one), (pixels[0], -pixels[1]), (h, -V)], constant - slack, constant + slack)
         p.rows([(h, one), (b, -u)], -inf, zero)
         p.rows([(s, one), (b, -l)], -inf, -l)
-    return h, b
+    return h, s, b
 
 
 def phases_at(red: Reduced, a: Tensor) -> Tensor:
@@ -148,6 +153,6 @@ def phases_at(red: Reduced, a: Tensor) -> Tensor:
     return red.inputs(a[None])[0] >= 0
 
 
-def margin_rows(red: Reduced, y: int, k: int) -> Rows:
-    """f_y − f_k as one row of pixels and units."""
-    return red.outputs.select(torch.tensor([y])).plus(red.outputs.select(torch.tensor([k])), -1)
+def margin_rows(red: Reduced, winners: list[int], k: int) -> Rows:
+    """f_i − f_k for each class i of `winners`, as rows of pixels and units: all <= 0 where k beats them."""
+    return red.outputs.select(winners).plus(red.outputs.select([k] * len(winners)), -1)
