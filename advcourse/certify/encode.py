@@ -28,8 +28,9 @@ TIME_LIMIT: dict[str, Callable[[float], dict[str, Any]]] = {      # how each sol
     "GUROBI": lambda t: {"TimeLimit": float(t)},
 }
 
-# The default 1e-6 would be the error of d²; and a convex cone is met by tangents, whose gap never closes to zero.
-SCIP = {"numerics/feastol": 1e-8, "limits/gap": 1e-7, "limits/absgap": 1e-8}
+# Tighter than SCIP's default 1e-6, which would be the error of d²; tighter still, and the tangents it lays against the
+# cone may never close the gap. Pass scip_params to choose differently.
+SCIP = {"numerics/feastol": 1e-7, "limits/gap": 1e-6, "limits/absgap": 1e-8}
 
 
 def encode(model, x, y, *, norm=inf, target=None, eps=None, objective="distortion", bounds: Any = "interval",
@@ -78,7 +79,7 @@ def encode(model, x, y, *, norm=inf, target=None, eps=None, objective="distortio
     cost, more = distance(a, pixels, norm)
     rules += more
     if eps is not None:
-        rules += [cost <= (eps**2 if norm == 2 else eps)]
+        rules += [cost <= eps] if norm != 2 else [cp.norm(a - pixels, 2) <= eps]
     if objective == "margin":
         return cp.Problem(cp.Minimize(m), rules)
     return cp.Problem(cp.Minimize(cost if objective == "distortion" else 0), [*rules, m <= -confidence])
