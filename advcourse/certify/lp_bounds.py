@@ -18,7 +18,7 @@ from torch import Tensor
 
 from advcourse.certify.crown import lower_bound, propagate, tighten, undecided
 from advcourse.certify.domain import ROUNDING, Domain
-from advcourse.certify.layers import Affine, MaxPool, Network, Relu
+from advcourse.certify.layers import Affine, Layer, MaxPool, Network, Relu
 from advcourse.certify.milp import Program
 from advcourse.threat import Interval
 
@@ -31,7 +31,7 @@ def solver_bounds(net: Network, domain: Domain, *, exact: bool = False, every: b
 
     Settled units are skipped unless `every`. time_limit: seconds for each mixed-integer program, whose bound so far counts.
     """
-    each = [_Chain(net, d, exact, time_limit).run(every) for d in _singles(domain)]
+    each = [Chain(net, d, exact, time_limit=time_limit).run(every) for d in _singles(domain)]
     return [Interval(torch.cat([b.lower for b in layer]), torch.cat([b.upper for b in layer]))
             for layer in zip(*each, strict=True)]
 
@@ -41,46 +41,61 @@ def solver_margins(net: Network, C: Tensor, domain: Domain, *, exact: bool = Fal
     """Lower bounds [n, m] of C f(a) over the domain, C [n, m, classes]: CROWN, LP and with `exact` MIP, the best of them."""
     out = []
     for c, d in zip(C, _singles(domain), strict=True):
-        chain = _Chain(net, d, exact, time_limit)
-        known = chain.run(every=False, logits=False)
+        chain = Chain(net, d, exact, time_limit=time_limit)
+        known = chain.run(logits=False)
         least = lower_bound(net.layers, c[None], known, d)[0]
         out.append(torch.fmax(least, chain.least(c @ chain.M, c @ chain.b, exact)))
     return torch.stack(out)
 
 
-class _Chain:
-    """One image's program, grown layer by layer: the current layer's values are M v + b, v the program's columns."""
+class Chain:
+    """One image's program, grown layer by layer: the current layer's values are M v + b, v the columns of `program`.
 
-    def __init__(self, net: Network, domain: Domain, exact: bool, time_limit: float | None) -> None:
+    With `known`, what enters each ReLU and maximum as one row each, it is grown at once up to the logits; those bounds are
+    believed. `exact` keeps the ReLUs by one binary each, else they are relaxed.
+    """
+
+    def __init__(self, net: Network, domain: Domain, exact: bool = False, known: list[Interval] | None = None,
+                 time_limit: float | None = None) -> None:
         self.net, self.domain, self.exact, self.time_limit = net, domain, exact, time_limit
         self.program = Program()
         lower, upper = domain.lower[0], domain.upper[0]
         if domain.center is None:
             self.program.columns(lower, upper)
             self.M, self.b = torch.eye(len(lower), dtype=lower.dtype), torch.zeros_like(lower)
-            return
-        x = domain.center[0]                                    # a = x + up − down, and the ball is one row
-        room = torch.cat([upper - x, x - lower])
-        weight, radius = _hull(room, float(torch.as_tensor(domain.eps)), domain.norm)
-        moved = self.program.columns(np.zeros(len(room)), room)
-        self.program.rows([(moved, weight[None].numpy())], -inf, radius)
-        eye = torch.eye(len(x), dtype=x.dtype)
-        self.M, self.b = torch.cat([eye, -eye], 1), x
+        else:
+            x = domain.center[0]                                    # a = x + up − down, and the ball is one row
+            room = torch.cat([upper - x, x - lower])
+            weight, radius = _hull(room, float(torch.as_tensor(domain.eps)), domain.norm)
+            moved = self.program.columns(np.zeros(len(room)), room)
+            self.program.rows([(moved, weight[None].numpy())], -inf, radius)
+            eye = torch.eye(len(x), dtype=x.dtype)
+            self.M, self.b = torch.cat([eye, -eye], 1), x
+        if known is not None:
+            boxes = iter(known)
+            for layer in net.layers:
+                self.grow(layer, None if isinstance(layer, Affine) else next(boxes))
 
-    def run(self, every: bool, logits: bool = True) -> list[Interval]:
+    def grow(self, layer: Layer, box: Interval | None) -> None:
+        """Add one layer; `box` holds what enters it, None for an affine one."""
+        if isinstance(layer, Affine):
+            self.M, self.b = (layer.apply(self.M.T) - layer.bias).T, layer.apply(self.b)
+            return
+        assert box is not None
+        if isinstance(layer, Relu):
+            self._relu(box)
+        else:
+            self._maximum(layer, box)
+
+    def run(self, every: bool = False, logits: bool = True) -> list[Interval]:
+        """Bound each layer by CROWN and the program so far, then grow: what enters each ReLU and maximum, and the logits."""
         box, known = Interval(self.domain.lower, self.domain.upper), list[Interval]()
         for i, layer in enumerate(self.net.layers):
-            if isinstance(layer, Affine):
-                box = propagate(layer, box)
-                self.M, self.b = (layer.apply(self.M.T) - layer.bias).T, layer.apply(self.b)
-                continue
-            wanted = undecided(layer, box)[0] | every
-            box = self._tighten(tighten(self.net.layers[:i], box, known, self.domain, wanted), layer, every)
-            known.append(box)
-            if isinstance(layer, Relu):
-                self._relu(box)
-            else:
-                self._maximum(layer, box)
+            if not isinstance(layer, Affine):
+                wanted = undecided(layer, box)[0] | every
+                box = self._tighten(tighten(self.net.layers[:i], box, known, self.domain, wanted), layer, every)
+                known.append(box)
+            self.grow(layer, box)
             box = propagate(layer, box)
         if logits:
             box = tighten(self.net.layers, box, known, self.domain, torch.ones_like(box.lower[0], dtype=torch.bool))
@@ -107,6 +122,13 @@ class _Chain:
             exact = False
         solver = _Solver(self.program, exact, self.time_limit)
         return torch.tensor([solver.least(c) for c in M.numpy()], dtype=b.dtype) + b - ROUNDING * b.abs()
+
+    def minimising(self, c: Tensor) -> Program:
+        """The program with one more column m = c·(M v + b), the only one with a cost: its optimal value is min m."""
+        row = (c @ self.M).numpy()
+        m, constant = self.program.columns([-inf], [inf], 1.0), -float(c @ self.b)
+        self.program.rows([(np.arange(len(row)), row[None]), (m, -np.ones((1, 1)))], constant, constant)
+        return self.program
 
     def _relu(self, box: Interval) -> None:
         """z = relu(h): h itself where on, 0 where off, else h = z − s, z <= u, s <= −l, (−l) z + u s <= −l u (or a binary)."""
