@@ -3,8 +3,11 @@
     upset   R(t): one perturbation a target class, the same for every image            (sarkar2017upset)
     angri   A(x, t): one network for all targets, its perturbation depends on the image (sarkar2017upset)
     atn     G_t(x): one network for one target, trained to keep the other classes' order (baluja2018learning)
+
+They learn from the batch as a whole: what an image gets depends on its neighbours.
 """
 from dataclasses import dataclass
+from math import inf
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 from advcourse import noise, threat
 from advcourse.attacks.attempt import AttackResult, Attempt, evaluating
+from advcourse.attacks.iterative import check_count
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Trained(AttackResult):
 
 def _perturb(kind: str, net: nn.Module, x: Tensor, t: Tensor, eps: float, classes: int) -> Tensor:
     one_hot = F.one_hot(t, classes).to(x.dtype)
-    seen = {"upset": one_hot, "angri": torch.cat([x.flatten(1), one_hot], 1), "atn": x.flatten(1)}[kind]
-    return (x + eps * net(seen).reshape(x.shape)).clamp(0, 1)
+    seen = {"upset": [one_hot], "angri": [x.flatten(1), one_hot], "atn": [x.flatten(1)]}[kind]
+    return (x + eps * net(torch.cat(seen, 1)).reshape(x.shape)).clamp(0, 1)
 
 
 def _network(sizes: tuple[int, ...], seed: Tensor, like: Tensor) -> nn.Sequential:
@@ -84,6 +88,11 @@ def _train(kind: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, target
            batch: int, rate: float, weight: float, generator: torch.Generator | None) -> Trained:
     if target is None:
         raise ValueError(f"target=None: {kind} is a targeted attack")
+    if torch.as_tensor(eps).dim() or eps == inf:
+        raise ValueError(f"eps={eps!r}: {kind} needs one radius for all images")
+    for name, value in (("hidden", hidden), ("steps", steps), ("batch", batch)):
+        check_count(value, name)
+    threat.check_eps(weight, "weight")
     attempt = Attempt(model, x, y, eps=eps, target=target, generator=generator)
     classes, p = attempt.clean.shape[1], x[0].numel() if len(x) else 1
     if kind == "atn" and len(target.unique()) > 1:

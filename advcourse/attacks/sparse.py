@@ -105,7 +105,7 @@ def one_pixel(model: nn.Module, x: Tensor, y: Tensor, *, eps: int = 1, norm=0, t
 
 
 def _paint(x: Tensor, genes: Tensor) -> Tensor:
-    """x [channels, h, w] with k pixels repainted, (row, column, values) in [0, 1]: [m, k, 2 + channels] -> [m, channels, h, w]."""
+    """x [channels, h, w] with k pixels repainted, (row, column, values) in [0, 1]: [m, k, 2 + channels] -> m images."""
     channels, h, w = x.shape
     row, column = ((genes[..., i] * size).long().clamp(0, size - 1) for i, size in ((0, h), (1, w)))
     place = (row * w + column)[:, None, :].expand(-1, channels, -1)

@@ -1,4 +1,7 @@
-"""One perturbation for all images: by accumulating DeepFool steps, and by stochastic gradient steps on the mean loss."""
+"""One perturbation for all images: by accumulating DeepFool steps, and by stochastic gradient steps on the mean loss.
+
+These attacks learn from the batch as a whole: what an image gets depends on its neighbours.
+"""
 from dataclasses import dataclass
 from math import inf
 
@@ -7,6 +10,7 @@ from torch import Tensor, nn
 
 from advcourse import losses, noise, threat
 from advcourse.attacks.attempt import AttackResult, Attempt
+from advcourse.attacks.iterative import check_count
 from advcourse.losses import margin_loss
 
 
@@ -26,6 +30,12 @@ def ball(delta: Tensor, eps: float, norm) -> Tensor:
     """The nearest perturbation of length at most eps with values in [-1, 1], which is where a difference of images lies."""
     centre = torch.full_like(delta, 0.5)
     return 2 * threat.project(centre + delta / 2, centre, eps if norm == 0 else eps / 2, norm) - 1
+
+
+def _check_radius(eps) -> None:
+    threat.check_eps(eps)
+    if torch.as_tensor(eps).dim():
+        raise ValueError(f"eps of shape {list(torch.as_tensor(eps).shape)}: one perturbation for all images has one radius")
 
 
 def _fooled(attempt: Attempt, delta: Tensor) -> tuple[float, Tensor]:
@@ -51,16 +61,15 @@ def universal_deepfool(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, no
     delta is projected back onto the ball. Stops after `passes` or once a `share` of the images is fooled; keeps the best
     delta. Fooling rates on these images say little about others: `apply` it to a test set. Errors as for `fgsm`.
     """
+    check_count(passes, "passes")
+    check_count(inner, "inner")
+    _check_radius(eps)
     attempt = Attempt(model, x, y, norm=norm, eps=eps, target=target, generator=generator)
-    delta = torch.zeros_like(attempt.x[:1])
+    delta = attempt.x.new_zeros(1, *x.shape[1:])
     best, rate = delta, 0.0
-    order = torch.argsort(noise.uniform(attempt.seeds, 1)[:, 0]) if len(x) else attempt.open
-    wrong = set(range(len(x))) - set(attempt.started.tolist())
+    order = attempt.started[torch.argsort(noise.uniform(attempt.seeds[attempt.started], 1)[:, 0])]
     for _ in range(passes):
-        for i in order.tolist():
-            if i in wrong:
-                continue
-            row = torch.tensor([i], device=x.device)
+        for row in order[:, None]:
             for _ in range(inner):
                 a = (attempt.x[row] + delta).clamp(0, 1)
                 logits, value, g = attempt.gradient(margin_loss, a, row)
@@ -77,7 +86,7 @@ def universal_deepfool(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, no
 
 
 def universal_sgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float = inf, norm=inf, weight: float | None = None,
-                  steps: int = 200, batch: int = 64, rate: float = 0.02, loss="margin", cap: float = 1.0,
+                  steps: int = 200, batch: int = 64, rate: float = 0.1, loss="margin", cap: float = 5.0,
                   target: Tensor | None = None, generator: torch.Generator | None = None) -> Universal:
     """Universal perturbation by Adam on minibatches: raise the mean loss, projected onto the ball or with a price on length.
 
@@ -86,11 +95,15 @@ def universal_sgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float = inf, n
     image that is fooled by a wide margin from drawing the delta further. Keeps the delta that fools most of these images,
     looked at ten times. Errors as for `fgsm`; ValueError for an infinite eps without a weight.
     """
+    _check_radius(eps)
     if weight is None and eps == inf:
         raise ValueError(f"eps={eps}: give a radius, or a weight for the Lagrangian form")
+    threat.check_eps(0 if weight is None else weight, "weight")
+    check_count(steps, "steps")
+    check_count(batch, "batch")
     attempt = Attempt(model, x, y, norm=norm, eps=eps, target=target, generator=generator)
     rows, raise_ = attempt.started, losses.get(loss)
-    delta = torch.zeros_like(attempt.x[:1])
+    delta = attempt.x.new_zeros(1, *x.shape[1:])
     best, rate_best = delta.clone(), -1.0
     optimiser = torch.optim.Adam([delta], lr=rate)
     sign = 1 if target is None else -1
