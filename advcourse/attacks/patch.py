@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from advcourse import noise, threat
 from advcourse.attacks.attempt import AttackResult, Attempt
+from advcourse.attacks.iterative import check_count
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,7 @@ def _score(attempt: Attempt, printed: Tensor, shared: bool) -> Tensor:
 def _check(x: Tensor, size: int | None, mask: Tensor | None, scale: tuple[float, float], steps: int) -> None:
     if (size is None) == (mask is None):
         raise ValueError(f"size={size!r} and mask: give one of the two")
-    if steps < 0:
-        raise ValueError(f"steps={steps!r} is negative")
+    check_count(steps, "steps")
     if mask is not None:
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError("mask holds values other than 0 and 1")
