@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advcourse.attacks.attempt import AttackResult, Attempt
+from advcourse.attacks.iterative import check_count
 from advcourse.attacks.minimal import pull_back
 from advcourse.losses import margin
 
@@ -56,6 +57,8 @@ def carlini_wagner(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, objective:
         raise ValueError("norm=1: this attack is defined for norms 2, 0 and inf; fmn does norm 1")
     if confidence and objective not in (6, 7):
         raise ValueError(f"confidence={confidence}: a logit margin, which only objectives 6 and 7 know, not {objective}")
+    check_count(steps, "steps")
+    check_count(search_steps, "search_steps")
     attempt = Attempt(model, x, y, norm=norm, eps=eps, target=target, confidence=confidence, generator=generator)
     descend = _Descent(attempt, objective, steps, rate, change_of_variable)
     if norm == 2:

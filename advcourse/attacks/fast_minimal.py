@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from advcourse import threat
 from advcourse.attacks.attempt import AttackResult, Attempt
-from advcourse.attacks.iterative import like
+from advcourse.attacks.iterative import check_count, like
 from advcourse.attacks.minimal import dual_length, pull_back, rivals_of
 from advcourse.losses import margin_loss
 
@@ -53,6 +53,7 @@ def fmn(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, steps: int = 40, step
     the radius changes; both fall along a cosine. `refine` rounds of `pull_back` end the attack (0: as published). `eps`
     caps the distance that counts. Errors as for `fgsm`.
     """
+    check_count(steps, "steps")
     attempt = Attempt(model, x, y, norm=norm, eps=eps, target=target, confidence=confidence, generator=generator)
     rows = attempt.started
     if not len(rows):
@@ -96,6 +97,7 @@ def ddn(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 40, step: float 
     """
     if norm != 2:
         raise ValueError(f"norm={norm!r}: ddn is a Euclidean attack, use fmn for the others")
+    check_count(steps, "steps")
     attempt = Attempt(model, x, y, norm=2, eps=eps, target=target, confidence=confidence, generator=generator)
     rows = attempt.started
     if not len(rows):

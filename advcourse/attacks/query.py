@@ -103,21 +103,22 @@ def hop_skip_jump(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, eps=inf, qu
     """
     if norm not in (inf, 2):
         raise ValueError(f"norm={norm!r}: hop_skip_jump knows norms 2 and inf")
-    if target is not None and start is None:
-        raise ValueError("start=None: a targeted decision-based attack needs images of the target class to start from")
     _check_queries(queries)
     if start is not None:
         threat.check_images(start, "start")
         if start.shape != x.shape:
             raise ValueError(f"start has shape {list(start.shape)}, not that of x, {list(x.shape)}")
     attempt = Attempt(model, x, y, norm=norm, target=target, generator=generator)
+    seeds, rows = attempt.seeds, attempt.open  # seeds are drawn for every image, attacked or not
+    if target is not None and start is None:
+        raise ValueError("start=None: a targeted decision-based attack needs images of the target class to start from")
     threat.check_eps(eps)
     reach = torch.as_tensor(eps, dtype=attempt.x.dtype, device=x.device)
     if reach.shape not in ((), (len(x),)):
         raise ValueError(f"eps of shape {list(reach.shape)} is neither a number nor one number an image")
-    for row in attempt.open[:, None]:
+    for row in rows[:, None]:
         given = None if start is None else start[row].to(attempt.x)
-        _Walk(attempt, row, queries).run(given, first)
+        _Walk(attempt, row, queries, int(seeds[row])).run(given, first)
     attempt.eps = reach.expand(len(x))  # farther points were steps on the way
     return attempt.result()
 
@@ -129,10 +130,10 @@ class _OutOfQueries(Exception):
 class _Walk:
     """HopSkipJump on one image: along the boundary, nearer and nearer to x."""
 
-    def __init__(self, attempt: Attempt, row: Tensor, queries: int):
+    def __init__(self, attempt: Attempt, row: Tensor, queries: int, seed: int):
         self.attempt, self.row, self.x = attempt, row, attempt.x[row]
         self.norm, self.left = attempt.norm, queries
-        self.random = torch.Generator().manual_seed(int(attempt.seeds[row]) % 2**63)
+        self.random = torch.Generator().manual_seed(seed)
 
     def draw(self, n: int, sampler) -> Tensor:
         return sampler(n, *self.x.shape[1:], generator=self.random).to(self.x)

@@ -99,8 +99,9 @@ def one_pixel(model: nn.Module, x: Tensor, y: Tensor, *, eps: int = 1, norm=0, t
     check_count(population - 4, "population - 4")  # SciPy's least is five
     channels = x.shape[1] if isinstance(x, Tensor) and x.dim() == 4 else 1
     attempt = Attempt(model, x, y, norm=0, eps=int(eps) * channels, target=target, generator=generator)
+    seeds = attempt.seeds  # drawn for every image, attacked or not
     for row in attempt.open[:, None] if eps else []:
-        _evolve(attempt, row, int(eps), channels, generations, population)
+        _evolve(attempt, row, int(seeds[row]), int(eps), channels, generations, population)
     return attempt.result()
 
 
@@ -112,7 +113,7 @@ def _paint(x: Tensor, genes: Tensor) -> Tensor:
     return x.flatten(1).expand(len(genes), -1, -1).scatter(2, place, genes[..., 2:].transpose(1, 2)).reshape(-1, channels, h, w)
 
 
-def _evolve(attempt: Attempt, row: Tensor, pixels: int, channels: int, generations: int, population: int) -> None:
+def _evolve(attempt: Attempt, row: Tensor, seed: int, pixels: int, channels: int, generations: int, population: int) -> None:
     from scipy.optimize import differential_evolution
 
     x = attempt.x[row]
@@ -131,8 +132,8 @@ def _evolve(attempt: Attempt, row: Tensor, pixels: int, channels: int, generatio
             attempt.submit(a[nearest], logits[nearest], row)
         return torch.nan_to_num(sign * margin(logits, attempt.label(rows)), nan=inf).double().cpu().numpy()
 
-    start = noise.uniform(attempt.seeds[row], population * genes, dtype=torch.float64).reshape(population, genes)
+    start = noise.uniform(torch.tensor([seed]), population * genes, dtype=torch.float64).reshape(population, genes).numpy()
     differential_evolution(
-        cost, [(0, 1)] * genes, init=start.cpu().numpy(), maxiter=generations, vectorized=True, updating="deferred",
-        polish=False, tol=0, mutation=0.5, recombination=1.0, rng=int(attempt.seeds[row]) % 2**32,
+        cost, [(0, 1)] * genes, init=start, maxiter=generations, vectorized=True, updating="deferred",
+        polish=False, tol=0, mutation=0.5, recombination=1.0, rng=seed % 2**32,
         callback=lambda intermediate_result: bool(attempt.distance[row] < inf))
