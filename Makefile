@@ -3,6 +3,7 @@
 #   make test      style, types, unit tests, every notebook re-run, the built site in a headless browser
 #   make execute   re-run every notebook          make serve    the site on http://127.0.0.1:8000
 #   make lab       JupyterLab on the notebooks    make bench    the benchmarks (minutes)
+#   make bench-attacks   our attacks against six other libraries, in an environment of their own (minutes)
 #   make clean     remove what was built (not .venv)
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -18,7 +19,7 @@ export OMP_NUM_THREADS = 1
 export MKL_NUM_THREADS = 1
 export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: book site test execute serve lab bench clean
+.PHONY: book site test execute serve lab bench bench-attacks clean
 .DELETE_ON_ERROR:
 
 book: $(STAMP)
@@ -49,6 +50,14 @@ lab: $(STAMP)
 
 bench: $(STAMP)
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+# The other libraries live in their own environment, which sees that of the course.
+bench-attacks: $(STAMP)
+	test -x .venv-bench/bin/python || $(BIN)/python -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > "$$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/course.pth"
+	.venv-bench/bin/python benchmarks/attacks.py
 
 clean:
 	rm -rf _build build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
