@@ -29,12 +29,13 @@ def saliency_pair(own: Tensor, others: Tensor, a: Tensor, free: Tensor | None = 
 
     `own` and `others` [m, p] are the slopes of the target's logit and of the sum of the others at a [m, p]. A pixel's gain is
     slope times room; a pair scores -(gain of the target) * (gain of the others) where the first is positive and the second
-    negative (papernot2016limitations). Where no pair qualifies the target's gain less the others' decides alone. Pairs are
-    searched among the `candidates` pixels, `free` [m, p] ones only, that are best by that difference.
+    negative (papernot2016limitations). Where no pair qualifies the target's gain decides alone: the sum of the others says
+    little about the one that is ahead. Pairs are searched among the `candidates` pixels, `free` [m, p] ones only, of
+    largest gain.
     """
-    up = own - others > 0  # the direction in which this pixel helps
+    up = own > 0  # the direction in which this pixel helps
     room = torch.where(up, 1 - a, -a)
-    worth = (own - others) * room
+    worth = own * room
     if free is not None:
         worth = worth.masked_fill(~free, -inf)
     k = min(candidates, a.shape[1])
