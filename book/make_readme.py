@@ -1,4 +1,4 @@
-"""Fill the blocks of README.md, `<!-- begin: python -m advcourse … -->` to `<!-- end -->`, with what the command prints."""
+"""Fill the blocks of README.md, `<!-- begin: python … -->` to `<!-- end -->`, with what the command prints."""
 
 import re
 import subprocess
@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-BLOCK = re.compile(r"(<!-- begin: python (-m advcourse [^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- begin: python ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(match: re.Match) -> str:
-    printed = subprocess.run([sys.executable, *match[2].split()], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run([sys.executable, *match[2].split()], capture_output=True, text=True, check=True,
+                             cwd=README.parent).stdout
     return f"{match[1]}\n{printed.strip()}\n\n{match[3]}"
 
 
