@@ -8,8 +8,6 @@ from advcourse import noise, threat
 from advcourse.attacks.attempt import AttackResult, Attempt
 from advcourse.losses import margin_loss
 
-HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # shares of the budget at which the square's area halves
-
 
 def _check_queries(queries: int) -> None:
     if queries < 0:
@@ -26,9 +24,9 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, eps, norm=inf, queries: in
     """Square attack: repaint a random square, keep it if the margin falls (andriushchenko2020square), norms inf and 2.
 
     Black box: `queries` evaluations of the logits beside the look at x, no gradient. `share` is the first square's share of
-    the image; it halves on the paper's schedule, rescaled to the budget. Norm inf paints +-eps; norm 2 empties one window and
-    spends its length in another, and, unlike the paper, refills what the box cuts off. Fixed radius: a success has
-    distance <= eps. Errors as for `fgsm`; ValueError for other norms or a negative number of queries.
+    the image; it halves eight times over the budget, later than in the paper, which on digits breaks more. Norm inf
+    paints +-eps; norm 2 empties one window and spends its length in another, and, unlike the paper, refills what the box
+    cuts off. Fixed radius: a success has distance <= eps. Errors as for `fgsm`; ValueError for other norms or a negative number of queries.
     """
     if norm not in (inf, 2):
         raise ValueError(f"norm={norm!r}: square knows norms inf and 2")
@@ -40,7 +38,7 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, eps, norm=inf, queries: in
     for k in range(queries):
         if not len(rows):
             break
-        area = share * 0.5 ** sum(k >= h * queries for h in HALVINGS)
+        area = share * 0.5 ** (8 * (k / queries) ** 0.7)
         proposal = _repaint(guess, attempt.seeds[rows], area, k, norm) if k else guess
         a = threat.linear_maximiser(proposal.reshape(-1, *x.shape[1:]), x[rows], attempt.eps[rows], norm)
         logits = attempt.logits(a, rows)

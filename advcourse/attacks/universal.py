@@ -93,7 +93,7 @@ def universal_sgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float = inf, n
     Without `weight`: delta is projected onto the ball of radius eps after each step. With `weight`, the lecture's
     Lagrangian: maximise E[min(loss, cap)] - weight * ||delta||_2^2, whose solution has the length it has. `cap` stops an
     image that is fooled by a wide margin from drawing the delta further. Keeps the delta that fools most of these images,
-    looked at ten times. Errors as for `fgsm`; ValueError for an infinite eps without a weight.
+    looked at ten times; with a weight, the last. Errors as for `fgsm`; ValueError for an infinite eps without a weight.
     """
     _check_radius(eps)
     if weight is None and eps == inf:
@@ -121,6 +121,6 @@ def universal_sgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float = inf, n
         delta.copy_(ball(delta, eps, norm) if eps < inf else delta.clamp(-1, 1))
         if k % max(1, steps // 10) == 0 or k == steps - 1:
             fooled, _ = _fooled(attempt, delta)
-            if fooled >= rate_best:
+            if fooled >= rate_best or weight is not None:  # the price counts too: the last is the best traded
                 best, rate_best = delta.clone(), fooled
     return _finish(attempt, best)
