@@ -26,7 +26,8 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, eps, norm=inf, queries: in
     Black box: `queries` evaluations of the logits beside the look at x, no gradient. `share` is the first square's share of
     the image; it halves eight times over the budget, later than in the paper, which on digits breaks more. Norm inf
     paints +-eps; norm 2 empties one window and spends its length in another, and, unlike the paper, refills what the box
-    cuts off. Fixed radius: a success has distance <= eps. Errors as for `fgsm`; ValueError for other norms or a negative number of queries.
+    cuts off. Fixed radius: a success has distance <= eps. Errors as for `fgsm`; ValueError for other norms or a negative
+    number of queries.
     """
     if norm not in (inf, 2):
         raise ValueError(f"norm={norm!r}: square knows norms inf and 2")
