@@ -1,5 +1,5 @@
 """What every verifier returns, and the replay that a counterexample has to survive before it counts."""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from advcourse import threat
-
 
 SAME = 1e-6     # for norm 0, a value that a solver moved by less than this counts as not moved
 
@@ -54,7 +53,7 @@ class Certificate:
         return (self.upper - self.lower) / abs(self.upper) if self.upper not in (0.0, inf) else inf
 
 
-def replay(model: nn.Module, net: nn.Module, x: Tensor, y: int, a: Tensor, *, eps: float = inf, norm=inf,
+def replay(model: nn.Module, net: Callable[[Tensor], Tensor], x: Tensor, y: int, a: Tensor, *, eps: float = inf, norm=inf,
            target: int | None = None) -> tuple[Tensor, float] | None:
     """(counterexample [*shape], distance) if the candidate a [p] survives, else None: no solver is believed about a witness.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from advcourse.certify import lp_tree
+from advcourse.certify.certificate import SAME
 from advcourse.certify.dual import bound
 from advcourse.certify.milp import Answer, Watch
 from advcourse.certify.presolve import presolve
@@ -39,9 +40,9 @@ class Ball:
         return sorted((k for k, v in self.least.items() if not v > 0), key=self.least.__getitem__)
 
     def program(self, k: int, goal: str, at_most: float, steps: list[np.ndarray] | None = None,
-                phases: Tensor | None = None) -> ReluProgram:
-        return relu_program(self.red, self.rows(k), self.q.flat, norm=self.norm, radius=self.radius, goal=goal,
-                            at_most=at_most, knots=self._knots(steps or []), phases=phases)
+                phases: Tensor | None = None, radius: float | None = None) -> ReluProgram:
+        return relu_program(self.red, self.rows(k), self.q.flat, norm=self.norm, goal=goal, at_most=at_most, phases=phases,
+                            radius=self.radius if radius is None else radius, knots=self._knots(steps or []))
 
     def _knots(self, steps: list[np.ndarray]) -> np.ndarray | None:
         """Tangent points [m, p] of norm 2: a few multiples of a pixel's typical step, and the known `steps`."""
@@ -49,7 +50,7 @@ class Ball:
             return None
         step = steps[0] if steps else np.full(self.q.net.units, self.radius / sqrt(self.q.net.units))
         typical = sqrt((step**2).sum() / max(1, (np.abs(step) > 1e-3 * np.abs(step).max()).sum()))
-        grid = np.repeat(typical * np.array([[0.3], [0.6], [1.0], [1.5], [2.5]]), len(step), 1)
+        grid = np.repeat(typical * np.array([[0.2], [0.4], [0.7], [1.0], [1.4], [2.0], [3.0]]), len(step), 1)
         return np.concatenate([grid, -grid, *(s[None] for s in steps)])
 
     def minimise(self, race: Race, k: int, search: str, at_most: float, gap: float, watch: Watch,
@@ -96,13 +97,18 @@ class Ball:
             race.low_margin(q, a, self.radius, norm)
             return "found" if race.best is not None else "unknown"
         found = [race.witness(replayed(a)), race.witness(self.nearest(k, a))]
-        return "found" if any(found) else "unknown"
+        return "found" if any(found) and answer.objective < -self.guard else "unknown"     # else: a tie, not worth chasing
 
     def nearest(self, k: int, a: np.ndarray) -> tuple[Tensor, float] | None:
-        """The nearest counterexample of class k in the activation region of a, replayed (norm 0: not attempted)."""
-        if self.norm == 0:
-            return None
+        """The nearest counterexample of class k in the activation region of a, replayed.
+
+        For norm 0: the one that moves no more values than a does and has the lowest margin.
+        """
         phases, steps = phases_at(self.red, torch.as_tensor(a)), [a - self.q.flat.cpu().numpy()]
+        if self.norm == 0:
+            relu = self.program(k, "margin", 0.0, phases=phases, radius=float((np.abs(steps[0]) > SAME).sum()))
+            answer = relu.program.solve()
+            return None if answer.values is None else self.q.replay(relu.point(answer.values), inf, 0, self.q.target)
         for beyond in (1.0, 10.0, 100.0, 1000.0):               # further beyond the tie, until the float32 model agrees
             for _ in range(12):
                 relu = self.program(k, "distance", -beyond * self.guard, steps, phases)

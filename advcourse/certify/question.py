@@ -55,7 +55,8 @@ class Question:
         """A near counterexample, found by `attacks.fmn` and replayed."""
         from advcourse.attacks.fast_minimal import fmn
 
-        y, target = (None if k is None else torch.tensor([k], device=self.x.device) for k in (self.y, self.target))
+        y = torch.tensor([self.y], device=self.x.device)
+        target = None if self.target is None else torch.full_like(y, self.target)
         found = fmn(self.model, self.x[None], y, norm=norm, eps=eps, target=target)
         return self.replay(found.adversarial[0], eps, norm, self.target) if bool(found.success[0]) else None
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from math import inf
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from advcourse.certify.milp import Program
@@ -45,22 +44,23 @@ def pieces(x: np.ndarray, lower: np.ndarray, upper: np.ndarray, norm, knots: np.
     if norm == 1:
         low, length, cost = np.zeros_like(room), room, np.ones_like(room)
     else:
-        low, length, cost = _tangents(room, np.concatenate([knots, -knots], 1))
+        assert knots is not None
+        length, cost = _tangents(room, np.concatenate([knots, -knots], 1))
         pixel, sign = (np.tile(v, len(cost) // len(room)) for v in (pixel, sign))
         low = np.zeros_like(length)
     keep = length > 0
     return Pieces(pixel[keep], sign[keep], low[keep], length[keep], cost[keep])
 
 
-def _tangents(room: np.ndarray, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """d² >= max over knots s of 2 s d − s², and >= 0: pieces of slope 2 s between neighbours' midpoints, cut at `room`."""
+def _tangents(room: np.ndarray, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(length, cost) of the pieces: d² >= max over knots s of 2 s d − s², and >= 0: pieces of slope 2 s between neighbours' midpoints, cut at `room`."""
     s = np.sort(np.clip(knots, 0, None), 0)
     s = np.concatenate([np.zeros((1, len(room))), s])
     s = np.maximum.accumulate(s, 0)
     ends = np.concatenate([(s[1:] + s[:-1]) / 2, np.full((1, len(room)), inf)])
     ends = np.minimum(ends, room)
     length = np.diff(np.concatenate([np.zeros((1, len(room))), ends]), axis=0)
-    return np.zeros(length.size), length.ravel(), (2 * s).ravel()
+    return length.ravel(), (2 * s).ravel()
 
 
 @dataclass
