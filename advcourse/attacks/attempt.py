@@ -190,17 +190,20 @@ class Attempt:
         if not len(self.x):
             return AttackResult(self.best, self.distance == 0, self.distance, self.queries)
         if last is not None:
-            index = torch.arange(len(self.x), device=last.device) if rows is None else rows
-            undecided = self.distance[index] == inf
-            self.best[index[undecided]] = last.detach()[undecided]
-            self.queries[index[undecided]] += 1
+            undecided = (self.distance if rows is None else self.distance[rows]) == inf
+            if rows is None:
+                self.best = torch.where(undecided.reshape(-1, *[1] * (self.x.dim() - 1)), last.detach(), self.best)
+                self.queries += undecided
+            else:
+                self.best[rows[undecided]] = last.detach()[undecided]
+                self.queries[rows[undecided]] += 1
         with evaluating(self.model), torch.no_grad():
             logits = self.model(self.best)
         d = threat.distance(self.best, self.x, self.norm)
         flat = self.best.flatten(1)
         success = self.wins(logits) & (flat.amin(1) >= 0) & (flat.amax(1) <= 1) & within(d, self.eps)
-        self.best[~success] = self.x[~success]
-        return AttackResult(self.best, success, torch.where(success, d, inf), self.queries)
+        best = torch.where(success.reshape(-1, *[1] * (self.x.dim() - 1)), self.best, self.x)
+        return AttackResult(best, success, torch.where(success, d, inf), self.queries)
 
 
 def _pick(v: Tensor, rows: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ class Ball:
         return torch.clamp(a, *self.around) if self.norm == inf else threat.project(a, *self.around, self.norm)
 
     def keep(self, which: Tensor) -> None:
-        """Go on with these images only, [m] bool."""
+        """Go on with these images only, given by index."""
         first, second = self.around
         self.around = first[which], second[which]
 
@@ -65,8 +65,9 @@ def climb(attempt: Attempt, a: Tensor, rows: Tensor, *, loss, step: Tensor, step
         logits, _, g = attempt.gradient(loss, a, rows)
         won = attempt.submit(a, logits, rows)
         if bool(won.any()):
-            rows, a, g, length = (v[~won] for v in (rows, a, g, length))
-            ball.keep(~won)
+            stay = (~won).nonzero()[:, 0]
+            rows, a, g, length = (v[stay] for v in (rows, a, g, length))
+            ball.keep(stay)
         a = ball.step(a, g, length)
     return a, rows
 
@@ -154,9 +155,10 @@ def climb_adaptively(attempt: Attempt, a: Tensor, rows: Tensor, *, loss, steps: 
         logits, new, g = attempt.gradient(loss, a, rows)
         won = attempt.submit(a, logits, rows)
         if bool(won.any()):
+            stay = (~won).nonzero()[:, 0]
             rows, a, before, best_a, g, best_g, length, value, new, best, stale, rises = (
-                v[~won] for v in (rows, a, before, best_a, g, best_g, length, value, new, best, stale, rises))
-            ball.keep(~won)
+                v[stay] for v in (rows, a, before, best_a, g, best_g, length, value, new, best, stale, rises))
+            ball.keep(stay)
         rises, value, higher = rises + (new > value), new, new > best
         best_a[higher], best_g[higher], best[higher] = a[higher], g[higher], new[higher]
         if k in marks:
