@@ -223,7 +223,8 @@ def report(results: dict) -> str:
     return f"""# Attacks measured against other libraries
 
 Written by `make bench-attacks` (`python benchmarks/attacks.py`); no number in the tables was typed. {results['machine']}.
-One torch thread, {versions}. Seeds {SEED}, {SEED + 1}, … (slow attacks: {SEED} alone); the success is the mean over them, the median that of seed {SEED}.
+One torch thread, {versions}. Seeds {SEED}, {SEED + 1}, … (slow attacks: {SEED} alone); the success is
+the mean over them, the median that of seed {SEED}.
 
 CPU seconds{__doc__.split("CPU seconds", 1)[1].rstrip()} A case has a like budget for every library (the calls are in
 `benchmarks/_peers.py`), except that ours stops early on images already broken and ends minimal-norm attacks with `pull_back`.
