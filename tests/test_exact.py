@@ -134,7 +134,8 @@ def test_convolution_and_pooling_agree_with_the_modelling_layer(norm):
     from advcourse.certify.encode import encode, solve
 
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2, 1), nn.Flatten(), nn.Linear(2, 3)).double()
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2, 1), nn.Flatten(),
+                          nn.Linear(2, 3)).double()
     x = torch.rand(1, 6, 6, dtype=torch.float64)
     y = int(model(x[None]).argmax())
     certificate, problem = minimal_distortion(model, x, y, norm=norm), encode(model, x[None], y, norm=norm)
@@ -273,7 +274,8 @@ def test_dead_units_and_tiny_weights():
     """Weights of 1e-41, as weight decay leaves them, and units that never open change nothing."""
     model, x, y = random_case(8, (3, 5, 4))
     expected = minimal_distortion(model, x, y)
-    wide = torch.cat([model[0].weight.data, torch.full((2, 3), 1e-41)]), torch.cat([model[0].bias.data, torch.tensor([1e-41, -50.0])])
+    wide = (torch.cat([model[0].weight.data, torch.full((2, 3), 1e-41)]),
+            torch.cat([model[0].bias.data, torch.tensor([1e-41, -50.0])]))
     last = torch.cat([model[2].weight.data, torch.full((4, 2), 1e-41)], 1)
     more = mlp((torch.cat([wide[0], torch.full((7, 2), 1e-41)], 1), wide[1]), (last, model[2].bias.data))
     x = torch.cat([x, torch.tensor([0.0, 1.0])])
@@ -317,8 +319,9 @@ def test_certificates_refuse_nonsense():
 
 def test_bad_arguments():
     x, bad = THREE_QUARTERS, [
-        (dict(target=0), "target=0"), (dict(target=7), "target=7"), (dict(norm=3), "norm=3"), (dict(search="simplex"), "search="),
-        (dict(norm=2, search="mip"), "search='mip'"), (dict(gap=0.0), "gap="), (dict(eps=-1.0), "eps="), (dict(time_limit=-1), "time_limit=-1")]
+        (dict(target=0), "target=0"), (dict(target=7), "target=7"), (dict(norm=3), "norm=3"), (dict(gap=0.0), "gap="),
+        (dict(search="simplex"), "search="), (dict(norm=2, search="mip"), "search='mip'"), (dict(eps=-1.0), "eps="),
+        (dict(time_limit=-1), "time_limit=-1")]
     for arguments, words in bad:
         with pytest.raises(ValueError, match=words):
             minimal_distortion(TWO, x, 0, **arguments)

@@ -53,7 +53,7 @@ def pieces(x: np.ndarray, lower: np.ndarray, upper: np.ndarray, norm, knots: np.
 
 
 def _tangents(room: np.ndarray, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(length, cost) of the pieces: d² >= max over knots s of 2 s d − s², and >= 0: pieces of slope 2 s between neighbours' midpoints, cut at `room`."""
+    """(length, cost) of the pieces: d² >= max(0, 2 s d − s²) over the knots s has slope 2 s between neighbours' midpoints."""
     s = np.sort(np.clip(knots, 0, None), 0)
     s = np.concatenate([np.zeros((1, len(room))), s])
     s = np.maximum.accumulate(s, 0)
