@@ -242,7 +242,7 @@ at most 1 % longer. "Time / ours" above 1: the other one is slower.
 ## The best attack against the exact distance
 
 `mnist-mlp50-standard`, written by `python benchmarks/gap_to_exact.py`: the least distance of our minimal-norm attacks over the
-exact distance, on the images for which mixed-integer programming settled it in time.
+exact distance, on the images for which exact search settled it in time: the easier ones, and few.
 
 {gaps()}
 {details(rows)}
