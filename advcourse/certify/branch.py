@@ -49,9 +49,7 @@ class Task:
         return self.found
 
     def report(self, red: Reduced, nodes: Nodes) -> None:
-        """Tell the race what the open nodes of the first search say: a lower bound on the smallest output."""
-        if red is self.outputs:
-            self.race.narrow(lower=min([self.proved, *nodes.bound.tolist()]))
+        """Told after every batch what is open."""
 
     def open(self, nodes: Nodes) -> Nodes:
         done = nodes.bound > 0              # never for a NaN
@@ -135,28 +133,31 @@ def conquer(red: Reduced, task: Task) -> bool:
 def decide(net: Network, region: Region, race: Race, accept: Callable[[Tensor], bool]) -> str:
     """Is every output of `net` positive on the region? "robust", "falsified" (a point that `accept` took) or "unknown".
 
-    accept(point [p]) is asked about points with an output <= 0. Bounds on the smallest output go to `race.lower`.
+    accept(point [p]) is asked about points with an output <= 0. A lower bound on the smallest output goes to `race`.
     Networks with at most INPUTS inputs are decided by splitting the box of inputs, others by splitting ReLUs.
     """
     if region.center is None and net.units <= INPUTS:
-        return splitting.decide(net, region, race, accept)
+        return splitting.decide(net, region, race, accept, lambda box: split_relus(net, box, race, accept)[0])
+    verdict, lower = split_relus(net, region, race, accept)
+    race.narrow(lower=lower)
+    return verdict
+
+
+def split_relus(net: Network, region: Region, race: Race, accept: Callable[[Tensor], bool]) -> tuple[str, float]:
+    """The verdict, as for `decide`, and a lower bound on the smallest output."""
     red = presolve(net, region)
     value = bound(red, red.outputs).value
-    race.narrow(lower=value.min().item())
-    suspects = (value <= 0).nonzero()[:, 0]
+    lower, suspects = value.min().item(), (value <= 0).nonzero()[:, 0]
     if not len(suspects):
-        return "robust"
+        return "robust", lower
     point, least = witness.attack(red, region, suspects)
     if least <= 0 and accept(point):
-        return "falsified"
+        return "falsified", lower
     task = Task(red, race, accept)
     done = conquer(red, task)
     if task.found:
-        return "falsified"
-    if not done or task.doubt:
-        return "unknown"
-    race.narrow(lower=min([task.proved, *value[value > 0].tolist()]) if task.proved < inf else 0.0)
-    return "robust"
+        return "falsified", lower
+    return ("robust", min(task.proved, *value[value > 0].tolist(), inf)) if done and not task.doubt else ("unknown", lower)
 
 
 def margins(net: Network, y: int) -> Network:
