@@ -115,7 +115,10 @@ def distance(a, x, norm) -> tuple[Any, list]:
     if norm == 0:
         c = cp.Variable(len(x), boolean=True, name="c")             # c_i = 0: pixel i keeps its value
         return cp.sum(c), [a - x <= cp.multiply(1 - x, c), x - a <= cp.multiply(x, c)]
-    return (cp.sum_squares(a - x) if norm == 2 else cp.norm(a - x, norm)), []
+    if norm == 2:
+        return cp.sum_squares(a - x), []
+    r = cp.Variable(len(x) if norm == 1 else 1, name="r")           # the largest |a_i − x_i|, or one for each pixel
+    return cp.sum(r), [a - x <= r, x - a <= r]
 
 
 def solve(problem: cp.Problem, *, solver: str | None = None, time_limit: float | None = None, **options) -> str:
@@ -127,12 +130,12 @@ def solve(problem: cp.Problem, *, solver: str | None = None, time_limit: float |
     """
     args = [problem.objective.expr, *(arg for c in problem.constraints for arg in c.args)]
     name = (solver or ("HIGHS" if all(arg.is_pwl() for arg in args) else "SCIP")).upper()
-    if name not in cp.installed_solvers():
-        raise ValueError(f"solver={name!r} is not installed; here are {', '.join(sorted(cp.installed_solvers()))}")
     if time_limit is not None:
         if name not in TIME_LIMIT or not time_limit > 0:
             raise ValueError(f"time_limit={time_limit!r}: {name} takes none here, or it is not a positive number")
         options = {**TIME_LIMIT[name](time_limit), **options}
+    if name == "HIGHS":
+        options = {"mip_rel_gap": 1e-6} | options                   # its default is 1e-4
     if name == "SCIP":
         options["scip_params"] = SCIP | options.get("scip_params", {})
     try:
@@ -140,6 +143,9 @@ def solve(problem: cp.Problem, *, solver: str | None = None, time_limit: float |
             warnings.filterwarnings("ignore", message="Solution may be inaccurate")      # "unknown" says it
             problem.solve(solver=name, **options)
     except cp.error.SolverError as error:
+        if "not installed" in str(error):
+            have = ", ".join(sorted(cp.installed_solvers()))
+            raise ValueError(f"solver={name!r} is not installed; here are {have}") from error
         if "cannot solve this problem" in str(error):
             raise ValueError(f"solver={name!r} does not take this kind of problem (quadratic, with integers)") from error
         return "unknown"
