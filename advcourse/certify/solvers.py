@@ -122,7 +122,7 @@ def _ecos(path: Path, limit: float) -> tuple[str, float]:
     lower, upper = p.lower[~p.integer], p.upper[~p.integer]
     limits += [v[np.isfinite(lower)] >= lower[np.isfinite(lower)], v[np.isfinite(upper)] <= upper[np.isfinite(upper)]]
     problem = cp.Problem(cp.Minimize(times(p.c)), limits)
-    problem.solve(solver=cp.ECOS_BB, mi_max_iters=int(200 * limit))
+    problem.solve(solver=cp.ECOS_BB, mi_max_iters=int(4 * limit))
     known = {"optimal": "optimal", "infeasible": "infeasible", "user_limit": "out of time"}
     return known.get(problem.status, "failed"), float(problem.value or nan) + p.offset
 
