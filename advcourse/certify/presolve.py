@@ -54,6 +54,7 @@ class _Walk:
                 b, size = b + A @ layer.bias, size + A.abs() @ layer.bias.abs()
                 A = layer.back(A)
                 continue
+            assert through is not None and places is not None and units is not None
             V.index_add_(1, units, A[:, places])
             A = A * through if isinstance(layer, Relu) else A.new_zeros(len(A), width).index_add_(1, through, A)
         return Rows(A, V, b, ROUNDING * size)

@@ -89,7 +89,7 @@ class Reduced:
         z, h = [direct[:, :0]], [direct[:, :0]]
         for s in self.stages:
             z.append(direct[:, s] + torch.cat(h, 1) @ self.units.V[s, :s.start].T)
-            h.append(z[-1].clamp_min(0) if slope is None else slope[:, s] * z[-1] + intercept[:, s])
+            h.append(z[-1].clamp_min(0) if slope is None or intercept is None else slope[:, s] * z[-1] + intercept[:, s])
         return torch.cat(z, 1)
 
     def only(self, output: int) -> Reduced:

@@ -45,7 +45,7 @@ def bound_boxes(net: Network, lower: Tensor, upper: Tensor) -> Boxes:
     index = torch.arange(rows.classes)[:, None] if pool is None else pool.index
     sides = [lower.clone().requires_grad_(), upper.clone().requires_grad_()]
     with torch.enable_grad():
-        domain = Domain(*sides)
+        domain = Domain(sides[0], sides[1])
         known = crown(rows, domain, logits=False)
         member = F.one_hot(index.to(lower.device), rows.classes).amax(1).bool()       # [outputs, rows]
         weights = _mixture(rows, [Interval(*(side.detach() for side in box)) for box in known], Domain(lower, upper), member)
