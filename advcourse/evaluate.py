@@ -1,6 +1,6 @@
 """Numbers about models under attack, each a count out of a count, so that it can carry an interval."""
 from collections.abc import Callable, Mapping, Sequence
-from math import sqrt
+from math import inf, sqrt
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -93,3 +93,51 @@ def transfer_matrix(models: Mapping[str, nn.Module], x: Tensor, y: Tensor, attac
 def _predict(model: nn.Module, x: Tensor) -> Tensor:
     with evaluating(model), torch.no_grad():
         return model(x).argmax(1)
+
+
+class Bracket(NamedTuple):
+    """lower <= d* <= upper for every image, [n] each; upper is inf where no mistake was found, 0 where x is one."""
+
+    lower: Tensor
+    upper: Tensor
+
+    def draw(self, ax) -> None:
+        """Every image a bar from its proved lower bound to the distance of its nearest mistake found, sorted by the latter."""
+        from advcourse import plot
+
+        order = self.upper.argsort()
+        low, high = self.lower[order].tolist(), self.upper[order].tolist()
+        known = [h for h in high if h < float("inf")]
+        top = 1.1 * max(known, default=1.0)
+        at = range(len(order))
+        ax.vlines(at, low, [min(h, top) for h in high], color=plot.INK, alpha=0.5, lw=2)
+        ax.plot(at, low, "^", ms=3.5, ls="none", color=plot.LOWER, label="proved: no mistake below")
+        ax.plot(at[:len(known)], known, "v", ms=3.5, ls="none", color=plot.UPPER, label="found: a mistake here")
+        ax.set(xlabel="images, sorted", ylabel="distance", ylim=(0, top))
+        ax.legend()
+
+
+def bracket(model: nn.Module, x: Tensor, y: Tensor, *, norm=inf, attacks: Sequence[Attack] = (),
+            methods: Sequence[str] = ("interval", "crown"), exact: Callable | None = None) -> Bracket:
+    """The minimal distortion of every image from both sides: the best of several attacks, the best of several certificates.
+
+    attacks: minimal-norm attacks called with norm=norm, by default FMN and DeepFool (which has no norm 0). methods: those of
+    `certify.certified_radius`. exact: a function such as `certify.minimal_distortion`, called image by image with
+    norm=norm, whose bracket narrows this one. RuntimeError if a lower bound exceeds an upper one: a defect somewhere, since
+    both are re-checked. Bounds hold in float64 as `certify` says. ValueError as for attacks and certificates.
+    """
+    from advcourse.attacks import deepfool, fmn
+    from advcourse.certify.bounds import certified_radius
+
+    chosen = attacks or ([fmn] if norm == 0 else [fmn, deepfool])
+    upper = torch.stack([a(model, x, y, norm=norm).distance for a in chosen]).amin(0).double()
+    lower = torch.stack([certified_radius(model, x, y, norm=norm, method=m) for m in methods]).amax(0).double()
+    if exact is not None:
+        found = [exact(model, x[i], int(y[i]), norm=norm) for i in range(len(x))]
+        lower = torch.maximum(lower, torch.tensor([c.lower for c in found], dtype=torch.float64))
+        upper = torch.minimum(upper, torch.tensor([c.upper for c in found], dtype=torch.float64))
+    lower = torch.where(upper == 0, 0.0, lower)
+    if not bool((lower <= upper * (1 + 1e-6)).all()):  # float32 distances of the attacks
+        i = int((lower - upper).argmax())
+        raise RuntimeError(f"image {i}: a mistake at {upper[i]:.6g}, below the proved {lower[i]:.6g}")
+    return Bracket(torch.minimum(lower, upper), upper)

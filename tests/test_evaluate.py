@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from advcourse import attacks, data, evaluate, models
+from advcourse.certify import branch
+from advcourse.certify.certificate import Certificate
 from advcourse.evaluate import robust_accuracy, transfer_matrix, wilson
 
 
@@ -92,3 +94,42 @@ def test_transfer_between_real_models():
     for i, name in enumerate(nets):
         assert found.fooled[i, i] == int((evaluate._predict(nets[name], x) == y).sum()
                                          - (~attacks.fgsm(nets[name], x, y, eps=0.1).success).sum())
+
+
+def test_bracket_holds_the_exact_distance_of_a_linear_model():
+    """For two classes in l-infinity with the box far away, d* = margin / ||w_0 - w_1||_1."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    model[1].weight.data = torch.randn(2, 16, generator=generator)
+    x = 0.5 + 0.02 * torch.randn(12, 1, 4, 4, generator=generator)
+    y = model(x).argmax(1)
+    y[0] = 1 - y[0]  # misread: its distance is 0
+    w = (model[1].weight[0] - model[1].weight[1]).detach()
+    exact = (w @ x.flatten(1).T + model[1].bias[0] - model[1].bias[1]).abs().detach() / w.abs().sum()
+    b = evaluate.bracket(model, x, y)
+    assert b.upper[0] == 0 and b.lower[0] == 0
+    assert (b.lower[1:] <= exact[1:] * (1 + 1e-6)).all() and (exact[1:] <= b.upper[1:] * (1 + 1e-5)).all()
+    assert (b.upper[1:] <= 1.02 * exact[1:]).all() and (b.lower[1:] >= 0.95 * exact[1:]).all()
+
+
+def test_bracket_narrows_with_an_exact_search_and_refuses_a_contradiction():
+    model, (x, y) = models.load("mnist-mlp-ibp"), data.mnist("test", 6)
+    wide = evaluate.bracket(model, x, y)
+    narrow = evaluate.bracket(model, x, y, exact=branch.minimal_distortion)
+    assert (narrow.lower >= wide.lower).all() and (narrow.upper <= wide.upper).all()
+    assert ((narrow.upper - narrow.lower) <= 2e-3 * narrow.upper + 1e-9).all()
+
+    def liar(model, x, y, norm):
+        return Certificate("unknown", 0.9, 1.0)
+
+    with pytest.raises(RuntimeError, match="below the proved 0.9"):
+        evaluate.bracket(model, x[:1], y[:1], exact=liar)
+
+
+def test_bracket_draws():
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots()
+    evaluate.Bracket(torch.tensor([0.1, 0.2]), torch.tensor([float("inf"), 0.3])).draw(ax)
+    assert ax.get_ylim() == (0, pytest.approx(0.33))
+    plt.close(fig)
