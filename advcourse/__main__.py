@@ -44,6 +44,17 @@ def models(args: argparse.Namespace) -> int:
     return 0
 
 
+def verify(args: argparse.Namespace) -> int:
+    """Decide a property (VNN-LIB) of a network (ONNX): unsat, sat and a counterexample, unknown, or timeout."""
+    import torch
+
+    from advcourse.certify import vnnlib
+
+    torch.set_num_threads(1)
+    print(vnnlib.verify(args.network, args.property, time_limit=args.timeout))
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands; to add one, write its function above and its arguments here."""
     top = argparse.ArgumentParser(prog="python -m advcourse", description=__doc__)
@@ -60,6 +71,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("names", nargs="+", metavar="NAME", help="as listed by the command models, e.g. mnist-mlp-pgd")
     sub.add_argument("--out", type=Path, help="folder for weights, log and card; by default the package's own")
     command("models", models)
+    sub = command("verify", verify)
+    sub.add_argument("network", type=Path, metavar="NET.onnx", help="the network; may be gzipped")
+    sub.add_argument("property", type=Path, metavar="PROP.vnnlib", help="which inputs and outputs are unsafe; may be gzipped")
+    sub.add_argument("--timeout", type=float, metavar="S", help="seconds for the search; none by default")
     return top
 
 
@@ -68,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"advcourse {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

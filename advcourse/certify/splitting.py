@@ -22,7 +22,7 @@ from advcourse.threat import Interval
 
 BATCH = 512                 # boxes bounded at once
 MIX, RATE = 8, 1.0          # gradient steps on the weights of a mixture, their size
-PATIENCE, FEW = 2000, 40    # after so many boxes, those with few undecided ReLUs are decided by splitting ReLUs
+PATIENCE, FEW = 1000, 60    # after so many boxes, those with few undecided ReLUs are decided by splitting ReLUs
 
 
 class Boxes(NamedTuple):
