@@ -100,13 +100,14 @@ def search(red: Reduced, task: Task, pool: Nodes, limit: float) -> Nodes:
 
 
 def settle(red: Reduced, task: Task, node: Nodes) -> Nodes:
-    """A node with all signs known: proved by the multipliers of a linear program, or a witness; else in doubt."""
+    """A node with all signs known: proved by the multipliers of a linear program (nothing is left), or broken; else in doubt."""
     point, weight, beta = witness.leaf(red, node.split[0], int(node.row), task.region)
     rows = red.outputs.select(node.row).times(point.new_full((1, 1), weight))
     if bound(red, rows, node.alpha, node.split, beta[None], task.region).value > 0:
         return node.select([])
-    if not task.offer(point[None]):
-        task.doubt = True
+    if task.offer(point[None]):
+        return node                 # answered; or the ball has shrunk, and the node is to be proved in the smaller one
+    task.doubt = True
     return node.select([])
 
 
@@ -202,11 +203,12 @@ class Nearest(Task):
         self._take(*witness.descend(self.net, self.x, self.x.expand(len(outputs), -1), outputs, norm))
         if race.upper == inf:
             race.witness(q.attack(norm, inf))
-        reach = inf
-        while race.upper < 0.98 * reach:        # the nearer the witness, the fewer the undecided units
-            reach = race.upper
-            super().__init__(presolve(self.net, ball(self.x, min(reach, self._top), norm)), race, lambda point: False)
+        while True:                             # the nearer the witness, the fewer the undecided units
+            reach = min(race.upper, self._top)
+            super().__init__(presolve(self.net, ball(self.x, reach, norm)), race, lambda point: False)
             self._polish()
+            if race.upper >= 0.98 * reach:
+                break
         self.region = ball(self.x, self.radius, norm)
 
     @property
