@@ -183,7 +183,8 @@ def test_dead_neurons_tiny_weights_and_no_relu():
     c = branch.minimal_distortion(model, x[None], torch.tensor([y]))
     assert c.lower <= d * (1 + 1e-9) and d <= c.upper * (1 + 1e-9) and c.gap <= 1.1e-3 and want.gap <= 1.1e-3
     linear = nn.Sequential(nn.Linear(2, 2)).double()            # f_0 − f_1 = a_0 + a_1 − 1
-    linear[0].weight.data, linear[0].bias.data = torch.tensor([[1.0, 1.0], [0.0, 0.0]]).double(), torch.tensor([-1.0, 0.0]).double()
+    linear[0].weight.data = torch.tensor([[1.0, 1.0], [0.0, 0.0]]).double()
+    linear[0].bias.data = torch.tensor([-1.0, 0.0]).double()
     for norm, d in ((inf, 0.3), (2, 0.3 * 2**0.5), (1, 0.6)):
         c = branch.minimal_distortion(linear, torch.tensor([[0.8, 0.8]]).double(), torch.tensor([0]), norm=norm)
         assert c.lower <= d * (1 + 1e-9) <= c.upper * (1 + 2e-9) and c.gap <= 1.1e-3
@@ -302,7 +303,8 @@ def test_the_strong_left_island_is_on_the_map():
     model, _ = data.hcas(0, 5)
     lower, upper = torch.tensor([7000.0, 12000.0, -1.57]), torch.tensor([8600.0, 15000.0, -1.57])
     got = advisory_map(model, lower, upper, smallest=torch.tensor([100.0, 100.0, 1.0]))
-    inside = ((got.lower[:, :2] <= torch.tensor([8025.0, 12600.0])) & (torch.tensor([8025.0, 12600.0]) <= got.upper[:, :2])).all(1)
+    at = torch.tensor([8025.0, 12600.0])
+    inside = ((got.lower[:, :2] <= at) & (at <= got.upper[:, :2])).all(1)
     assert got.possible[inside][:, 3].all() and inside.any()
     right = got.proved & (got.possible[:, 4] | got.possible[:, 2])
     assert right.any()                                          # and it is an island: around it a right turn is proved
