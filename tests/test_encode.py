@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import mlp
 from torch import nn
 
 import advcourse.certify.enumerate as brute
@@ -17,17 +18,6 @@ from advcourse.certify.network import network
 TIGHT = {"scip_params": {"numerics/feastol": 1e-8, "limits/gap": 1e-7, "limits/time": 60.0}}     # for networks this small
 FEW = settings(max_examples=6, deadline=None, derandomize=True)
 SHAPES = [(2, 4, 3), (3, 4, 2), (2, 3, 3, 2)]
-
-
-def mlp(*layers):
-    """Weights and biases, in turn, as an nn.Sequential with a ReLU between two layers."""
-    modules = []
-    for W, b in layers:
-        W = torch.as_tensor(W, dtype=torch.float64)
-        linear = nn.Linear(W.shape[1], W.shape[0]).double()
-        linear.weight.data, linear.bias.data = W, torch.as_tensor(b, dtype=torch.float64)
-        modules += [linear, nn.ReLU()]
-    return nn.Sequential(*modules[:-1])
 
 
 @st.composite

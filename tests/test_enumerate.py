@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from test_encode import HAND, mlp, tiny
+from networks import mlp
+from test_encode import HAND, tiny
 
 import advcourse.certify.enumerate as brute
 from advcourse.certify.network import network

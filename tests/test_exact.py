@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import mlp
 from torch import nn
 
 import advcourse.certify.enumerate as brute
@@ -27,17 +28,6 @@ NORMS = [inf, 2, 1, 0]
 SEARCHES = [(inf, "mip"), (inf, "tree"), (inf, "distance"), (1, "mip"), (1, "tree"), (1, "distance"), (2, "tree"), (0, "mip"),
             (0, "distance")]
 FEW = settings(max_examples=4, deadline=None, derandomize=True)
-
-
-def mlp(*layers):
-    """[(W, b), …] as a float64 nn.Sequential with a ReLU between two layers."""
-    modules = []
-    for W, b in layers:
-        W = torch.as_tensor(W, dtype=torch.float64)
-        linear = nn.Linear(W.shape[1], W.shape[0]).double()
-        linear.weight.data, linear.bias.data = W, torch.as_tensor(b, dtype=torch.float64)
-        modules += [linear, nn.ReLU()]
-    return nn.Sequential(*modules[:-1])
 
 
 def random_case(seed, shape=(3, 4, 3, 3)):

@@ -5,7 +5,8 @@ from math import inf
 import pytest
 import torch
 from hypothesis import given, settings
-from test_encode import HAND, mlp, pooled, tiny  # noqa: F401
+from networks import mlp
+from test_encode import HAND, pooled, tiny  # noqa: F401
 
 from advcourse.certify import smt
 from advcourse.certify.network import network
