@@ -1,15 +1,15 @@
 """Random numbers that belong to an image, not to a batch.
 
 Every image gets a seed; its numbers are a hash of (seed, step, position). So an image is attacked with the same random
-start whether it comes alone or among a thousand, and whether or not its neighbours were dropped on the way. The hash
-is SplitMix64's finaliser, in wrapping int64 arithmetic, the same on every device.
+start whether it comes alone or among a thousand, and whether or not its neighbours were dropped on the way. SplitMix64's
+finaliser turns seed and step into a key, MurmurHash3's turns key and position into 32 bits: wrapping integer arithmetic,
+the same on every device.
 """
 import torch
 from torch import Tensor
 
-GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
-MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+GOLDEN_64, MIX_64 = -7046029254386353131, (-4658895280553007687, -7723592293110705685)  # 0x9E3779B97F4A7C15, 0xBF58…, 0x94D0…
+GOLDEN_32, MIX_32 = -1640531527, (-2048144789, -1028477387)  # 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35 as signed numbers
 
 
 def seeds(n: int, generator: torch.Generator | None = None, device=None) -> Tensor:
@@ -21,32 +21,39 @@ def seeds(n: int, generator: torch.Generator | None = None, device=None) -> Tens
     return torch.cat(draws).to(device) if draws else torch.empty(0, dtype=torch.int64, device=device)
 
 
-def _wrap(k: int) -> int:
-    return (k + 2**63) % 2**64 - 2**63  # Python's integers do not wrap by themselves
+def _high(z: Tensor, k: int) -> Tensor:
+    """z >> k with zeros coming in: shifts of signed numbers copy the sign bit, so mask it away."""
+    width = torch.iinfo(z.dtype).bits
+    return (z >> k).bitwise_and_((1 << (width - k)) - 1)
 
 
-def _shift(z: Tensor, k: int) -> Tensor:
-    return (z >> k) & ((1 << (64 - k)) - 1)  # int64 shifts copy the sign bit: mask it away
-
-
-def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shift(z, 30)) * MIX_1
-    z = (z ^ _shift(z, 27)) * MIX_2
-    return z ^ _shift(z, 31)
+def _mix(z: Tensor, shifts: tuple[int, int, int], factors: tuple[int, int]) -> Tensor:
+    """Each bit of the result depends on every bit of z, which is overwritten."""
+    z ^= _high(z, shifts[0])
+    z *= factors[0]
+    z ^= _high(z, shifts[1])
+    z *= factors[1]
+    z ^= _high(z, shifts[2])
+    return z
 
 
 def bits(seeds: Tensor, count: int, step: int = 0) -> Tensor:
-    """[n] seeds -> [n, count] int64 with all 64 bits random."""
-    key = _mix(seeds + _wrap(GOLDEN * (step + 1)))
-    return _mix(key[:, None] + GOLDEN * torch.arange(1, count + 1, device=seeds.device))
+    """[n] seeds -> [n, count] int32 with all 32 bits random."""
+    key = _mix(seeds + torch.tensor(step + 1, device=seeds.device) * GOLDEN_64, (30, 27, 31), MIX_64)
+    first, second = key[:, None].view(torch.int32).split(1, dim=1)  # its two halves, [n, 1] each
+    position = torch.arange(1, count + 1, dtype=torch.int32, device=seeds.device) * GOLDEN_32
+    return _mix((position + first).bitwise_xor_(second), (16, 13, 16), MIX_32)
 
 
 def uniform(seeds: Tensor, count: int, step: int = 0, dtype=torch.float32) -> Tensor:
     """[n] seeds -> [n, count] numbers uniform in [0, 1), 24 random bits each."""
-    return _shift(bits(seeds, count, step), 40).to(dtype) * 2.0**-24
+    return _high(bits(seeds, count, step), 8).to(dtype).mul_(2.0**-24)
 
 
 def normal(seeds: Tensor, count: int, step: int = 0, dtype=torch.float32) -> Tensor:
-    """[n] seeds -> [n, count] standard normal numbers, through the inverse of the normal distribution function."""
-    u = (_shift(bits(seeds, count, step), 40).to(torch.float64) + 0.5) * 2.0**-24
-    return (2**0.5 * torch.erfinv(2 * u - 1)).to(dtype)
+    """[n] seeds -> [n, count] standard normal numbers, through the inverse of the normal distribution function.
+
+    23 random bits each, the middles of 2^23 equal cells, so that none lands on 0 or 1 in single precision.
+    """
+    middle = _high(bits(seeds, count, step), 9).to(dtype).add_(0.5).mul_(2.0**-22).sub_(1)  # in (-1, 1)
+    return middle.erfinv_().mul_(2**0.5)

@@ -92,9 +92,17 @@ def project(a: Tensor, x: Tensor, eps, norm=inf) -> Tensor:
         size = _shrink_l1(size, room, e)
     else:
         gain = size**2 - (size - torch.minimum(size, room)) ** 2  # what moving this coordinate is worth
-        rank = gain.argsort(dim=1, descending=True, stable=True).argsort(1)
-        size = torch.where(rank < e.floor(), torch.minimum(size, room), 0)
+        size = torch.minimum(size, room) * largest(gain, e)
     return (x + (d.sign() * size).reshape(x.shape)).clamp(0, 1)
+
+
+def largest(value: Tensor, count: Tensor) -> Tensor:
+    """Mask of the floor(count) largest values of every row, [n, p], [n, 1] -> [n, p] bool; of equal ones the first."""
+    k = count.floor().clamp(0, value.shape[1]).long().expand(len(value), 1)
+    top = value.topk(max(1, int(k.max())) if len(k) else 0, dim=1).values
+    limit = top.gather(1, (k - 1).clamp_min(0))
+    above, at = value > limit, value == limit
+    return above | (at & (at.cumsum(1) <= k - above.sum(1, keepdim=True)))
 
 
 def _level(rate: Tensor, cap: Tensor, goal: Tensor) -> Tensor:
@@ -148,16 +156,22 @@ def _shrink_l1(size: Tensor, room: Tensor, e: Tensor) -> Tensor:
     return torch.where(fits, capped, torch.minimum((size - t).clamp_min(0), room))
 
 
+def inward(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient without the components that would leave the box at once: those that push a 0 down or a 1 up."""
+    moves = torch.add(x, gradient.sign(), alpha=0.5).clamp_(0, 1).ne_(x)  # 1 where such a step leads anywhere, else 0
+    return gradient * moves
+
+
 def steepest(gradient: Tensor, norm=inf, x: Tensor | None = None) -> Tensor:
     """The step of length one that raises a linear function most: the maximiser of <gradient, step> over ||step|| <= 1.
 
-    Given x, components that would leave the box at once are dropped first: on digits most pixels are at 0 or 1, and a
-    step that spends its length on them does not move. A zero gradient gives a zero step. For norm 0 one value moves,
+    Given x, the gradient is turned `inward` first: on digits most pixels are at 0 or 1, and a step that spends its length
+    on them does not move. A zero gradient gives a zero step. For norm 0 one value moves,
     by the sign of its gradient.
     """
     check_norm(norm)
     if x is not None:
-        gradient = torch.where(((x <= 0) & (gradient < 0)) | ((x >= 1) & (gradient > 0)), 0, gradient)
+        gradient = inward(gradient, x)
     if norm == inf:
         return gradient.sign()
     g = gradient.flatten(1)
@@ -190,8 +204,7 @@ def linear_maximiser(gradient: Tensor, x: Tensor, eps, norm=inf) -> Tensor:
         spent = torch.minimum((e - (first.cumsum(1) - first)).clamp_min(0), first)
         size = torch.zeros_like(g).scatter(1, order, spent)
     else:
-        rank = (g * room).argsort(dim=1, descending=True, stable=True).argsort(1)
-        size = torch.where(rank < e.floor(), room, 0)
+        size = room * largest(g * room, e)
     return (x + gradient.sign() * size.reshape(x.shape)).clamp(0, 1)
 
 
@@ -229,9 +242,8 @@ def sample(x: Tensor, eps, norm, seeds: Tensor, step: int = 0) -> Tensor:
     if norm == inf:
         d = (2 * noise.uniform(seeds, p, step, x.dtype) - 1) * e
     elif norm == 0:
-        rank = noise.uniform(seeds, p, 2 * step, x.dtype).argsort(1).argsort(1)
-        fresh = noise.uniform(seeds, p, 2 * step + 1, x.dtype) - x.flatten(1)
-        d = torch.where(rank < e.floor(), fresh, 0)
+        chosen = largest(noise.uniform(seeds, p, 2 * step, x.dtype), e)
+        d = (noise.uniform(seeds, p, 2 * step + 1, x.dtype) - x.flatten(1)) * chosen
     else:
         if norm == 2:
             d = noise.normal(seeds, p, 2 * step, x.dtype)
