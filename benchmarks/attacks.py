@@ -1,12 +1,9 @@
 """Our attacks against those of six other libraries: the same networks, images, radii, machine and judge.
 
-    python benchmarks/attacks.py                    measure, write attacks.json and attacks.md beside this file
-    python benchmarks/attacks.py --only CW DDN      measure the cases whose names contain one of these, keep the others
-    python benchmarks/attacks.py --summary          print the short table from attacks.json
-
-CPU seconds of one thread (the least of several runs, interleaved; slow ones run once). Success and distance are judged here, by
-a forward pass of the network on the returned images, in the box and in the ball; a failure has distance inf. Queries: images
-handed to the network.
+    python benchmarks/attacks.py                    measure everything, about ten minutes; writes attacks.json and attacks.md
+    python benchmarks/attacks.py --only FGSM DDN    measure the cases whose names contain one of these, keep the others
+    python benchmarks/attacks.py --only FGSM --store /tmp/trial.json      the same, elsewhere: a trial run
+    python benchmarks/attacks.py --summary          print the short table of the stored results; --report: write attacks.md anew
 """
 import argparse
 import contextlib
@@ -15,6 +12,7 @@ import io
 import json
 import os
 import platform
+import random
 import time
 import warnings
 from math import inf
@@ -23,38 +21,42 @@ from pathlib import Path
 import numpy as np
 import torch
 from _peers import PACKAGES, contenders, next_class
+from _report import report, success, summary
+from gap_to_exact import FIRST
+from tqdm import tqdm
 
 from advcourse import attacks, data, losses, models, threat
 
-HERE, SEED = Path(__file__).resolve().parent, 0
+HERE = Path(__file__).resolve().parent
 EPS = {"mnist-mlp50-standard": {inf: 0.05, 2: 0.75}, "mnist-cnn-standard": {inf: 0.08, 2: 1.0}}
+JUDGED = 350        # images on which a universal perturbation is judged
 
 
 def seeded():
     return torch.Generator().manual_seed(torch.initial_seed())      # `timed` has set it
 
 
-# case: (norm, does it have a radius, images for the MLP and for the CNN, our calls)
+# case: (norm, radius: None without one, True for EPS's, images for the MLP and for the CNN, seeds, our calls)
 CASES = {
-    "FGSM ℓ∞": (inf, True, (200, 100), {"ours": lambda m, x, y, e: attacks.fgsm(m, x, y, eps=e)}),
-    "PGD-40 ℓ∞": (inf, True, (200, 100), {"ours": lambda m, x, y, e: attacks.pgd(m, x, y, eps=e, generator=seeded())}),
-    "PGD-40 ℓ2": (2, True, (200, 100), {"ours": lambda m, x, y, e: attacks.pgd(m, x, y, eps=e, norm=2, generator=seeded())}),
-    "APGD-100 ℓ∞": (inf, True, (200, 100), {"ours": lambda m, x, y, e: attacks.apgd(m, x, y, eps=e, generator=seeded())}),
-    "DeepFool ℓ2": (2, False, (60, 30), {"ours": lambda m, x, y, e: attacks.deepfool(m, x, y)}),
-    "DeepFool ℓ∞": (inf, False, (200, 100), {"ours": lambda m, x, y, e: attacks.deepfool(m, x, y, norm=inf)}),
-    "CW ℓ2": (2, False, (60, 20), {"ours": lambda m, x, y, e: attacks.carlini_wagner(m, x, y)}),
-    "DDN ℓ2": (2, False, (200, 100), {"ours": lambda m, x, y, e: attacks.ddn(m, x, y)}),
-    "FMN ℓ∞": (inf, False, (200, 100), {"ours": lambda m, x, y, e: attacks.fmn(m, x, y, norm=inf)}),
-    "FMN ℓ2": (2, False, (200, 100), {"ours": lambda m, x, y, e: attacks.fmn(m, x, y, norm=2)}),
-    "FMN ℓ1": (1, False, (200, 100), {"ours": lambda m, x, y, e: attacks.fmn(m, x, y, norm=1)}),
-    "FMN ℓ0": (0, False, (200, 100), {"ours": lambda m, x, y, e: attacks.fmn(m, x, y, norm=0)}),
-    "JSMA ℓ0, targeted": (0, False, (50, 20), {"ours": lambda m, x, y, e: attacks.jsma(m, x, y, target=next_class(y))}),
-    "Three pixels": (0, False, (20, 20), {"ours": lambda m, x, y, e: attacks.one_pixel(m, x, y, eps=3, generator=seeded())}),
-    "Square ℓ∞": (inf, True, (50, 30), {"ours": lambda m, x, y, e: attacks.square(m, x, y, eps=e, generator=seeded())}),
-    "Square ℓ2": (2, True, (50, 30), {"ours": lambda m, x, y, e: attacks.square(m, x, y, eps=e, norm=2, generator=seeded())}),
-    "HopSkipJump ℓ2": (2, False, (10, 10), {
+    "FGSM ℓ∞": (inf, True, (200, 100), 1, {"ours": lambda m, x, y, e: attacks.fgsm(m, x, y, eps=e)}),
+    "PGD-40 ℓ∞": (inf, True, (200, 100), 5, {"ours": lambda m, x, y, e: attacks.pgd(m, x, y, eps=e, generator=seeded())}),
+    "PGD-40 ℓ2": (2, True, (200, 100), 5, {"ours": lambda m, x, y, e: attacks.pgd(m, x, y, eps=e, norm=2, generator=seeded())}),
+    "APGD-100 ℓ∞": (inf, True, (200, 100), 5, {"ours": lambda m, x, y, e: attacks.apgd(m, x, y, eps=e, generator=seeded())}),
+    "DeepFool ℓ2": (2, None, (200, 100), 1, {"ours": lambda m, x, y, e: attacks.deepfool(m, x, y)}),
+    "DeepFool ℓ∞": (inf, None, (200, 100), 1, {"ours": lambda m, x, y, e: attacks.deepfool(m, x, y, norm=inf)}),
+    "CW ℓ2": (2, None, (100, 50), 1, {"ours": lambda m, x, y, e: attacks.carlini_wagner(m, x, y)}),
+    "DDN ℓ2": (2, None, (200, 100), 1, {"ours": lambda m, x, y, e: attacks.ddn(m, x, y)}),
+    "FMN ℓ∞": (inf, None, (200, 100), 1, {"ours": lambda m, x, y, e: attacks.fmn(m, x, y, norm=inf)}),
+    "FMN ℓ2": (2, None, (200, 100), 1, {"ours": lambda m, x, y, e: attacks.fmn(m, x, y, norm=2)}),
+    "FMN ℓ1": (1, None, (200, 100), 1, {"ours": lambda m, x, y, e: attacks.fmn(m, x, y, norm=1)}),
+    "FMN ℓ0": (0, None, (200, 100), 1, {"ours": lambda m, x, y, e: attacks.fmn(m, x, y, norm=0)}),
+    "JSMA ℓ0, targeted": (0, None, (100, 50), 1, {"ours": lambda m, x, y, e: attacks.jsma(m, x, y, target=next_class(y))}),
+    "Three pixels": (0, 3, (50, 40), 3, {"ours": lambda m, x, y, e: attacks.one_pixel(m, x, y, eps=3, generator=seeded())}),
+    "Square ℓ∞": (inf, True, (100, 60), 3, {"ours": lambda m, x, y, e: attacks.square(m, x, y, eps=e, generator=seeded())}),
+    "Square ℓ2": (2, True, (100, 60), 3, {"ours": lambda m, x, y, e: attacks.square(m, x, y, eps=e, norm=2, generator=seeded())}),
+    "HopSkipJump ℓ2": (2, None, (20, 20), 3, {
         "ours": lambda m, x, y, e: attacks.hop_skip_jump(m, x, y, queries=3900, generator=seeded())}),
-    "Universal ℓ∞": (inf, True, (100, 50), {
+    "Universal ℓ∞": (inf, 0.2, (100, 50), 3, {
         "ours": lambda m, x, y, e: attacks.universal_sgd(m, x, y, eps=e, generator=seeded()),
         "ours, DeepFool steps": lambda m, x, y, e: attacks.universal_deepfool(m, x, y, eps=e, generator=seeded())}),
 }
@@ -72,74 +74,50 @@ class Counted(torch.nn.Module):
         return self.model(x.float())
 
 
-def bare_passes(k: int):
-    """k forward and backward passes and nothing else."""
+class Ledger(Counted):
+    """Counts for each of the images x [n] the queries until one broke it; a query belongs to the image it is nearest to."""
+
+    def __init__(self, model, x, y):
+        super().__init__(model)
+        self.x, self.y, self.useful, self.open = x.flatten(1), y, torch.zeros(len(x)), torch.ones(len(x), dtype=torch.bool)
+
+    def forward(self, a):
+        logits = super().forward(a)
+        whose = torch.cdist(a.detach().flatten(1).float(), self.x).argmin(1)
+        self.useful += torch.bincount(whose, minlength=len(self.x)) * self.open
+        self.open[whose[logits.argmax(1) != self.y[whose]]] = False
+        return logits
+
+
+def bare_passes(k: int, judging: bool):
+    """k forward and backward passes and nothing else, or one more forward pass that says what is broken."""
     def call(model, x, y, eps):
         for _ in range(k):
             a = x.detach().requires_grad_()
             torch.autograd.grad(losses.cross_entropy(model(a), y).sum(), a)
+        if judging:
+            with torch.no_grad():
+                model(x)
         return x
     return call
 
 
-def judge(model, x, y, a, norm, eps, targeted: bool) -> tuple[float, float]:
-    """(share of successes, median distance, inf where the attack failed)."""
+def judge(model, x, y, a, norm, eps, targeted: bool) -> torch.Tensor:
+    """Distances [n], inf where the attack failed."""
     a = a.detach().reshape(x.shape).to(x.dtype)
     with torch.no_grad():
         guess = model(a).argmax(1)
     d = threat.distance(a, x, norm)
     won = (guess == next_class(y)) if targeted else guess != y
     won &= (a.flatten(1).amin(1) >= 0) & (a.flatten(1).amax(1) <= 1) & (d <= eps * (1 + 1e-5) + 1e-6)
-    return float(won.float().mean()), float(torch.where(won, d, inf).median())
+    return torch.where(won, d, inf)
 
 
-def measure(case: str, name: str) -> list[dict]:
-    """All contenders of one case on one network."""
-    norm, bounded, sizes, own = CASES[case]
-    model = models.load(name)
-    eps = (0.2 if case.startswith("Universal") else EPS[name][norm]) if bounded else inf
-    x, y = data.mnist("test", n=1000)
-    right = model(x).argmax(1) == y
-    if case.startswith("HopSkip"):          # two libraries give up on the batch if one image has no random start
-        right &= model(torch.rand(1, 1, 28, 28, generator=torch.Generator().manual_seed(SEED))).argmax(1) != y
-    x, y = x[right], y[right]
-    n = sizes["cnn" in name]
-    calls = {**own, **{k: (lambda m, x, y, e, f=f: f(m, x, y)) for k, f in contenders(case, eps).items()}}
-    if case.split("-")[0] in ("FGSM ℓ∞", "PGD"):
-        calls["bare passes"] = bare_passes(40 if "40" in case else 1)
-    rows = []
-    for who, call in calls.items():
-        counted = Counted(model)
-        try:
-            (a, seconds) = timed(call, counted, x[:n], y[:n], eps)
-        except Exception as error:          # a peer that breaks is a result, not an accident of ours
-            rows.append({"case": case, "network": name, "who": who, "error": f"{type(error).__name__}: {error}"[:120]})
-            continue
-        a = getattr(a, "adversarial", a) if not hasattr(a, "delta") else a.delta
-        seen_x, seen_y = x[:n], y[:n]
-        if case.startswith("Universal") and who != "bare passes":   # judged on images it was not made on
-            seen_x, seen_y = x[n:n + 400], y[n:n + 400]
-            a = (seen_x + a).clamp(0, 1)
-        success, median = judge(model, seen_x, seen_y, a, norm, eps, "targeted" in case)
-        rows.append({"case": case, "network": name, "who": who, "n": n, "eps": eps, "success": success, "median": median,
-                     "queries": counted.images / n, "seconds": seconds, "seeds": [success], "call": call, "model": counted})
-    for k in range(10):                     # interleaved, so that a busy moment hits everybody
-        for row in rows:
-            if "seconds" in row and row["seconds"] * k < 0.3:
-                a, seconds = timed(row["call"], row["model"], x[:n], y[:n], eps, seed=k + 1)
-                row["seconds"] = min(row["seconds"], seconds)
-                if not case.startswith("Universal") and row["who"] != "bare passes":
-                    a = getattr(a, "adversarial", a)
-                    row["seeds"].append(judge(model, x[:n], y[:n], a, norm, eps, "targeted" in case)[0])
-    for row in rows:
-        if "seeds" in row:
-            row["success"] = sum(row["seeds"]) / len(row["seeds"])
-    return [{k: v for k, v in row.items() if k not in ("call", "model")} for row in rows]
-
-
-def timed(call, model, x, y, eps, seed: int = SEED):
+def timed(call, model, x, y, eps, seed: int):
+    """(what the attack returns, CPU seconds)."""
     torch.manual_seed(seed)
     np.random.seed(seed)
+    random.seed(seed)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         start = time.process_time()
@@ -147,144 +125,76 @@ def timed(call, model, x, y, eps, seed: int = SEED):
         return a, time.process_time() - start
 
 
-def equal(peer: dict, ours: dict) -> bool:
-    """Is the peer at least as strong as ours: success, at its best seed, not lower; median distance at most 1 % longer?"""
-    return max(peer["seeds"]) >= ours["success"] and (ours["eps"] < inf or peer["median"] <= 1.01 * ours["median"])
+class Contender:
+    """One library in one case: its calls, what they found and what they cost."""
+
+    def __init__(self, who: str, call, model) -> None:
+        self.who, self.call, self.model = who, call, Counted(model)
+        self.found: list[torch.Tensor] = []
+        self.seconds: dict[int, list[float]] = {}
+        self.error = ""
+
+    def run(self, x, y, eps, seed: int):
+        try:
+            a, seconds = timed(self.call, self.model, x, y, eps, seed)
+        except Exception as error:          # a peer that breaks is a result, not an accident of ours
+            self.error = f"{type(error).__name__}: {error}"[:120]
+            return None
+        self.seconds.setdefault(seed, []).append(seconds)
+        return a.delta if hasattr(a, "delta") else getattr(a, "adversarial", a)
+
+    def row(self, n: int, eps: float) -> dict:
+        if self.error:
+            return {"who": self.who, "error": self.error}
+        runs, out = sum(map(len, self.seconds.values())), {"who": self.who, "n": n, "seeds": len(self.seconds), "eps": eps}
+        if self.found:
+            out["won"] = ["".join("01"[d < inf] for d in seed.tolist()) for seed in self.found]
+        if self.found and eps == inf:
+            out["distance"] = [[float(f"{d:.5g}") for d in seed.tolist()] for seed in self.found]
+        least = [min(each) for each in self.seconds.values()]
+        return out | {"queries": self.model.images / n / runs, "seconds": sum(least) / len(least)}
 
 
-def verdict(ours: dict, peers: list[dict]) -> tuple[str, str]:
-    """(strength, speed) of ours against the peers of one case, in words."""
-    best = max((p["success"] for p in peers), default=0.0)
-    near = min((p["median"] for p in peers), default=inf)
-    strong = max(ours["seeds"]) >= best and (ours["eps"] < inf or ours["median"] <= 1.01 * near)
-    rivals = [p for p in peers if equal(p, ours)]
-    if not rivals:
-        return ("stronger than all" if strong else "weaker"), "no peer as strong"
-    fastest = min(rivals, key=lambda p: p["seconds"])
-    ratio = fastest["seconds"] / ours["seconds"]
-    return ("not weaker" if strong else "weaker"), f"{ratio:.2g}x ({fastest['who']})"
+def images(case: str, model):
+    """Fresh, correctly classified digits."""
+    x, y = data.mnist("test")
+    x, y = x[FIRST:], y[FIRST:]
+    right = model(x).argmax(1) == y
+    if case.startswith("HopSkip"):          # two libraries give up on the batch if one image has no random start
+        right &= model(torch.rand(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))).argmax(1) != y
+    return x[right], y[right]
 
 
-def groups(rows: list[dict]):
-    """(network, case, ours, peers, bare passes or None) in the order of the table."""
-    for network in EPS:
-        for case in CASES:
-            here = [r for r in rows if r["case"] == case and r["network"] == network]
-            ours = next((r for r in here if r["who"] == "ours"), None)
-            if ours and "error" not in ours:
-                peers = [r for r in here if not r["who"].startswith(("ours", "bare")) and "error" not in r]
-                yield network, case, ours, peers, next((r for r in here if r["who"] == "bare passes"), None), here
-
-
-def shown(row: dict) -> str:
-    """Success and, without a radius, the median distance."""
-    pixels = "ℓ0" in row["case"]
-    if "pixels" in row["case"] or row["eps"] < inf:
-        return f"{row['success']:.1%}"
-    return f"{row['success']:.0%}, {row['median']:{'.0f' if pixels else '.3f'}}"
-
-
-def summary(rows: list[dict]) -> str:
-    """The short table: one line a case and network."""
-    lines = ["| attack | network | ours | strongest peer | strength | fastest equal peer, time / ours | bare passes / ours |",
-             "|---|---|---|---|---|---|---|"]
-    for network, case, ours, peers, bare, _ in groups(rows):
-        strongest = min(peers, key=lambda p: (-p["success"], p["median"]), default=None)
-        strength, speed = verdict(ours, peers)
-        best = f"{shown(strongest)} ({strongest['who']})" if strongest else ""
-        passes = f"{bare['seconds'] / ours['seconds']:.2f}" if bare else ""
-        lines.append(f"| {case} | {'MLP' if 'mlp' in network else 'CNN'} | {shown(ours)} | "
-                     f"{best} | {strength} | {speed} | {passes} |")
-    return "\n".join(lines)
-
-
-def details(rows: list[dict]) -> str:
-    """Every contender of every case."""
-    lines = []
-    for network in EPS:
-        lines += [f"\n## `{network}`\n", "| attack | library | images | radius | success | median distance | queries an image | "
-                  "CPU ms an image | time / ours |", "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
-        for name, case, ours, _, _, here in groups(rows):
-            for r in here if name == network else ():
-                if "error" in r:
-                    lines.append(f"| {case} | {r['who']} | | | {r['error'].replace('|', '/')} | | | | |")
-                    continue
-                bare = r["who"] == "bare passes"
-                result = " | " if bare else f"{r['success']:.1%} | {r['median']:.3f}"
-                lines.append(f"| {case} | {r['who']} | {r['n']} | {r['eps'] if r['eps'] < inf else ''} | {result} | "
-                             f"{r['queries']:.0f} | {1e3 * r['seconds'] / r['n']:.3g} | {r['seconds'] / ours['seconds']:.2f} |")
-    return "\n".join(lines)
-
-
-def report(results: dict) -> str:
-    rows = results["rows"]
-    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
-    notes = (HERE / "attacks-notes.md").read_text(encoding="utf-8")
-    return f"""# Attacks measured against other libraries
-
-Written by `make bench-attacks` (`python benchmarks/attacks.py`); no number in the tables was typed. {results['machine']}.
-One torch thread, {versions}. Seeds {SEED}, {SEED + 1}, … (slow attacks: {SEED} alone); the success is
-the mean over them, the median that of seed {SEED}.
-
-CPU seconds{__doc__.split("CPU seconds", 1)[1].rstrip()} A case has a like budget for every library (the calls are in
-`benchmarks/_peers.py`), except that ours stops early on images already broken and ends minimal-norm attacks with `pull_back`.
-JSMA aims at the class (y + 1) mod 10. Universal perturbations are judged on 400 images they were not made on.
-
-"Equal" and "not weaker": success, at the best of its seeds, not below the other's mean, and without a radius a median distance
-at most 1 % longer. "Time / ours" above 1: the other one is slower.
-
-{notes.strip()}
-
-## In short
-
-{summary(rows)}
-
-## The best attack against the exact distance
-
-`mnist-mlp50-standard`, written by `python benchmarks/gap_to_exact.py`: the least distance of our minimal-norm attacks over the
-exact distance, on the images for which exact search settled it in time: the easier ones, and few.
-
-{gaps()}
-{details(rows)}
-"""
-
-
-def gaps() -> str:
-    """The table of gap_to_exact.json."""
-    store = HERE / "gap_to_exact.json"
-    lines = ["| norm | images settled | best attack / exact, median | worst | each attack, median |", "|---|---:|---:|---:|---|"]
-    for norm, row in (json.loads(store.read_text()) if store.exists() else {}).items():
-        if row["solved"]:
-            each = ", ".join(f"{k} {v:.3f}" for k, v in row["median"].items() if k != "best")
-            lines.append(f"| ℓ{norm.replace('inf', '∞')} | {row['solved']} of {row['images']} ({row['seconds']:.0f} s each) | "
-                         f"{row['median']['best']:.3f} | {row['worst']:.3f} | {each} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="*", default=[""], help="parts of names of cases")
-    parser.add_argument("--summary", action="store_true", help="print the short table of the committed results")
-    args = parser.parse_args()
-    store = HERE / "attacks.json"
-    results = json.loads(store.read_text()) if store.exists() else {"rows": []}
-    for r in results["rows"]:
-        r.setdefault("seeds", [r.get("success")])
-    if args.summary:
-        return print(summary(results["rows"]))
-    missing = [k for k, package in PACKAGES.items() if not installed(package)]
-    if len(missing) == len(PACKAGES):
-        return print("none of the other libraries is installed here: make bench-attacks")
-    print("not installed:", ", ".join(missing) or "nothing")
-    torch.set_num_threads(1)
-    for case in [c for c in CASES if any(part in c for part in args.only)]:
-        for name in EPS:
-            fresh = measure(case, name)
-            results["rows"] = [r for r in results["rows"] if (r["case"], r["network"]) != (case, name)] + fresh
-            for r in fresh:
-                print(case, name, r["who"], r.get("error") or f"{r['success']:.3f} {r['median']:.4f} {r['queries']:.0f} "
-                      f"{r['seconds']:.4f} s", flush=True)
-            save(results, store)
+def measure(case: str, name: str) -> list[dict]:
+    """All contenders of one case on one network."""
+    norm, radius, sizes, seeds, own = CASES[case]
+    model, n = models.load(name), sizes["cnn" in name]
+    eps = inf if radius is None else EPS[name][norm] if radius is True else radius
+    x, y = images(case, model)
+    seen, rest = (x[:n], y[:n]), (x[n:n + JUDGED], y[n:n + JUDGED])
+    calls = own | {k: (lambda m, x, y, e, f=f: f(m, x, y)) for k, f in contenders(case, eps).items()}
+    if case.split("-")[0] in ("FGSM ℓ∞", "PGD"):
+        k = 40 if "40" in case else 1
+        calls |= {"bare passes": bare_passes(k, False), "bare passes, judged": bare_passes(k, True)}
+    field = [Contender(who, call, model) for who, call in calls.items()]
+    for k in range(max(seeds, 20)):         # interleaved, so that a busy moment hits everybody
+        for c in field:
+            if c.error or k >= seeds and sum(map(sum, c.seconds.values())) > 0.5:
+                continue
+            a = c.run(*seen, eps, k % seeds)
+            if a is None or k >= seeds or c.who.startswith("bare"):
+                continue
+            if case.startswith("Universal"):
+                c.found.append(judge(model, *rest, (rest[0] + a).clamp(0, 1), norm, eps, False))
+            else:
+                c.found.append(judge(model, *seen, a, norm, eps, "targeted" in case))
+    rows = [{"case": case, "network": name} | c.row(n, eps) for c in field]
+    if case.startswith("Square"):
+        for row in (r for r in rows if "error" not in r):
+            ledger = Ledger(model, *seen)
+            timed(calls[row["who"]], ledger, *seen, eps, 0)
+            row["useful"] = ledger.useful.mean().item()
+    return rows
 
 
 def installed(package: str) -> str | None:
@@ -295,13 +205,51 @@ def installed(package: str) -> str | None:
         return None
 
 
+def write(path: Path, text: str) -> None:
+    path.with_suffix(".part").write_text(text, encoding="utf-8")
+    path.with_suffix(".part").replace(path)
+
+
 def save(results: dict, store: Path) -> None:
+    """One row a line, in the order of the table; then the report."""
+    place = {(name, case): k for k, (name, case) in enumerate((name, case) for name in EPS for case in CASES)}
+    results["rows"].sort(key=lambda r: place[r["network"], r["case"]])
+    rows = ",\n".join(json.dumps(r, ensure_ascii=False) for r in results["rows"])
+    rest = {k: v for k, v in results.items() if k != "rows"}
+    write(store, json.dumps(rest, ensure_ascii=False)[:-1] + f', "rows": [\n{rows}\n]}}\n')
+    write(store.with_suffix(".md"), report(results))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of names of cases")
+    parser.add_argument("--store", type=Path, default=HERE / "attacks.json", help="where the results are kept")
+    parser.add_argument("--summary", action="store_true", help="print the short table of the stored results, measure nothing")
+    parser.add_argument("--report", action="store_true", help="write the report of the stored results, measure nothing")
+    args = parser.parse_args()
+    results = json.loads(args.store.read_text(encoding="utf-8")) if args.store.exists() else {"rows": []}
+    if args.summary:
+        return print(summary(results["rows"]))
+    if args.report:
+        return save(results, args.store)
+    missing = [k for k, package in PACKAGES.items() if not installed(package)]
+    if len(missing) == len(PACKAGES):
+        return print("none of the other libraries is installed here: make bench-attacks")
+    print("not installed:", ", ".join(missing) or "nothing")
+    torch.set_num_threads(1)
     packages = {"torch": "torch", "numpy": "numpy", **PACKAGES}
     results["versions"] = {library: installed(package) for library, package in packages.items() if installed(package)}
     results["machine"] = f"{platform.machine()} with {os.cpu_count()} cores, no GPU, Python {platform.python_version()}"
-    for path, text in ((store, json.dumps(results, indent=0)), (store.with_suffix(".md"), report(results))):
-        path.with_suffix(".part").write_text(text, encoding="utf-8")
-        path.with_suffix(".part").replace(path)
+    todo = [(case, name) for case in CASES if any(part in case for part in args.only) for name in EPS]
+    for case, name in (bar := tqdm(todo)):
+        bar.set_description(f"{case}, {name}")
+        fresh = measure(case, name)
+        results["rows"] = [r for r in results["rows"] if (r["case"], r["network"]) != (case, name)] + fresh
+        for r in fresh:
+            bar.write(f"{case}, {name}, {r['who']}: " + (r.get("error") or f"{r['seconds'] / r['n'] * 1e3:.4g} ms an image" + (
+                f", success {success(r):.3f}" if "won" in r else "")))
+        save(results, args.store)
+    print(summary([r for r in results["rows"] if (r["case"], r["network"]) in todo]))
 
 
 if __name__ == "__main__":
