@@ -3,7 +3,7 @@
 An image batch is a float tensor [n, *shape] with values in the box [0, 1]. A norm is one of `inf`, 2, 1, 0, and a ball
 of radius `eps` holds the images whose `distance` to x is at most eps (for norm 0: at most eps values differ).
 """
-from math import inf
+from math import inf, isfinite
 from typing import NamedTuple
 
 import torch
@@ -39,8 +39,8 @@ def check_images(x: Tensor, name: str = "x") -> None:
         raise ValueError(f"{name} is not a float tensor [n, *shape]: got {got}")
     if not x.numel():
         return
-    low, high = x.aminmax()  # NaN if there is one
-    if not bool(torch.isfinite(high - low)):
+    low, high = map(float, x.aminmax())  # NaN if there is one
+    if not isfinite(high - low):
         raise ValueError(f"{name} holds NaN or infinity in {int((~torch.isfinite(x)).flatten(1).any(1).sum())} image(s)")
     if low < 0 or high > 1:
         raise ValueError(f"{name} leaves the box [0, 1]: its values go from {low:.4g} to {high:.4g}")
@@ -57,7 +57,7 @@ def check_labels(y: Tensor, n: int, classes: int | None = None, name: str = "y")
 
 def check_eps(eps, name: str = "eps") -> None:
     """Raise ValueError unless eps, a number or a tensor, is at least 0 and not NaN."""
-    if not bool((torch.as_tensor(eps) >= 0).all()):
+    if not (bool((eps >= 0).all()) if isinstance(eps, Tensor) else eps >= 0):
         raise ValueError(f"{name}={eps!r} is not a radius: it must be 0 or more")
 
 
@@ -191,7 +191,7 @@ def linear_maximiser(gradient: Tensor, x: Tensor, eps, norm=inf) -> Tensor:
     """
     check_norm(norm)
     if norm == inf:
-        return (x + _flat(eps, x) * gradient.sign()).clamp(0, 1)
+        return torch.addcmul(x, _flat(eps, x), gradient.sign()).clamp_(0, 1)
     g, e = gradient.flatten(1), _flat(eps, x).reshape(-1, 1)
     room = torch.where(g > 0, 1 - x.flatten(1), x.flatten(1)) * (g != 0)
     g = g.abs() / g.abs().amax(1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)

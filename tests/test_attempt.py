@@ -83,11 +83,18 @@ def test_a_last_candidate_outside_ball_or_box_is_no_success():
         assert not r.success.any() and torch.equal(r.adversarial, X[:1])
 
 
-def test_a_tie_counts_as_the_model_breaks_it():
-    for label, broken in ((0, False), (1, True)):  # argmax takes the first of equal logits
-        x = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
-        r = Attempt(MODEL, x, torch.tensor([label])).result()
-        assert r.success.item() is broken
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_tie_or_a_lead_within_rounding_is_no_success(dtype, label):
+    rival, unit = 1 - label, torch.finfo(dtype).eps
+    for lead, broken in ((0, False), (4 * unit, False), (100 * unit, True)):
+        x = torch.tensor([[0.5, 0.5]], dtype=dtype)
+        x[0, rival] += lead
+        shifted = nn.Sequential(nn.Linear(2, 2)).to(dtype)
+        shifted[0].weight.data, shifted[0].bias.data = torch.eye(2, dtype=dtype), torch.zeros(2, dtype=dtype)
+        attempt = Attempt(shifted, x, torch.tensor([label]))
+        logits = torch.cat([shifted(x), torch.full((1, 1), -0.5, dtype=dtype)], 1)  # a third class spreads the logits by one
+        assert attempt.wins(logits).item() is broken
 
 
 def test_modes_come_back_even_after_an_error():

@@ -4,13 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf
+from math import inf, isfinite
 
 import torch
 from torch import Tensor, nn
 
 from advcourse import noise, threat
 from advcourse.losses import Loss, margin
+
+ROUNDING = 32  # a lead counts from so many units of rounding on, of the spread of the logits
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Attempt:
             value = loss(logits, self.label(rows))
             value = value if self.target is None else -value
             g, = torch.autograd.grad(value.sum(), at)
-        if not bool(torch.isfinite(g.sum())):
+        if not isfinite(g.sum()):
             g = torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0)
         if a is None and self._clean is None:
             self._meet(logits.detach())
@@ -162,24 +164,26 @@ class Attempt:
             self.queries.index_add_(0, rows, torch.full_like(rows, k))
 
     def wins(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
-        """[m] bool: the candidates with these logits are adversarial, with the confidence asked for; NaN never is."""
-        label = self.label(rows)
-        won = (logits.argmax(1) == label) == (self.target is not None)
-        if not bool(won.any()):
-            return won
-        m = margin(logits, label)
-        return won & (m <= -self.confidence if self.target is None else m >= self.confidence)
+        """[m] bool: the candidates with these logits are adversarial, with the confidence asked for; NaN never is.
+
+        The margin must exceed the rounding of a forward pass, so that a success does not depend on the batch it is judged in.
+        """
+        lead = -margin(logits, self.label(rows)) if self.target is None else margin(logits, self.label(rows))
+        low, high = logits.aminmax(dim=1)
+        return (lead > ROUNDING * torch.finfo(logits.dtype).eps * (high - low)) & (lead >= self.confidence)
 
     def submit(self, a: Tensor, logits: Tensor, rows: Tensor | None = None) -> Tensor:
         """Keep the candidates that are adversarial, in the ball and nearer than the best so far; returns who won, [m]."""
         won = self.wins(logits, rows)
         if not bool(won.any()):
             return won
-        index = torch.arange(len(self.x), device=a.device)[won] if rows is None else rows[won]
-        a = a[won].detach()
-        d = threat.distance(a, self.x[index], self.norm)
-        better = (d < self.distance[index]) & within(d, self.eps[index])
-        self.best[index[better]], self.distance[index[better]] = a[better], d[better]
+        which = won.nonzero()[:, 0]
+        index = which if rows is None else rows[which]
+        a = a.detach().index_select(0, which)
+        d = threat.distance(a, self.x.index_select(0, index), self.norm)
+        better = ((d < self.distance[index]) & within(d, self.eps[index])).nonzero()[:, 0]
+        self.best.index_copy_(0, index[better], a.index_select(0, better))
+        self.distance[index[better]] = d[better]
         return won
 
     def result(self, last: Tensor | None = None, rows: Tensor | None = None) -> AttackResult:
@@ -190,20 +194,17 @@ class Attempt:
         if not len(self.x):
             return AttackResult(self.best, self.distance == 0, self.distance, self.queries)
         if last is not None:
-            undecided = (self.distance if rows is None else self.distance[rows]) == inf
-            if rows is None:
-                self.best = torch.where(undecided.reshape(-1, *[1] * (self.x.dim() - 1)), last.detach(), self.best)
-                self.queries += undecided
-            else:
-                self.best[rows[undecided]] = last.detach()[undecided]
-                self.queries[rows[undecided]] += 1
+            undecided = (_pick(self.distance, rows) == inf).nonzero()[:, 0]
+            index = undecided if rows is None else rows[undecided]
+            self.best.index_copy_(0, index, last.detach().index_select(0, undecided))
+            self.queries[index] += 1
         with evaluating(self.model), torch.no_grad():
             logits = self.model(self.best)
-        d = threat.distance(self.best, self.x, self.norm)
-        flat = self.best.flatten(1)
+        d, flat = threat.distance(self.best, self.x, self.norm), self.best.flatten(1)
         success = self.wins(logits) & (flat.amin(1) >= 0) & (flat.amax(1) <= 1) & within(d, self.eps)
-        best = torch.where(success.reshape(-1, *[1] * (self.x.dim() - 1)), self.best, self.x)
-        return AttackResult(best, success, torch.where(success, d, inf), self.queries)
+        lost = (~success).nonzero()[:, 0]
+        self.best.index_copy_(0, lost, self.x.index_select(0, lost))
+        return AttackResult(self.best, success, torch.where(success, d, inf), self.queries)
 
 
 def _pick(v: Tensor, rows: Tensor | None) -> Tensor:

@@ -77,13 +77,13 @@ def fmn(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, steps: int = 40, step
 
 
 def _next_radius(radius: Tensor, best: Tensor, here: Tensor, won: Tensor, missing: Tensor, rate: float, norm) -> Tensor:
-    """Smaller after a success, larger after a failure; before the first success, to where the linearised boundary is."""
+    """Smaller after a success, larger after a failure; before the first success, just beyond the linearised boundary."""
     if norm == 0:
         return torch.where(won, torch.minimum(best - 1, (best * (1 - rate)).floor()).clamp_min(0),
                            torch.where(best < inf, torch.minimum((radius * (1 + rate)).floor().maximum(radius + 1), best - 1),
                                        here + missing.ceil().clamp(1, 10)))
     return torch.where(won, torch.minimum(radius, best) * (1 - rate),
-                       torch.where(best < inf, torch.minimum(radius * (1 + rate), best), here + missing))
+                       torch.where(best < inf, torch.minimum(radius * (1 + rate), best), (here + missing) * (1 + rate)))
 
 
 def ddn(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 40, step: float = 1.0, gamma: float = 0.05,
