@@ -66,7 +66,7 @@ def distance(a: Tensor, x: Tensor, norm=inf) -> Tensor:
     check_norm(norm)
     d = (a - x).flatten(1)
     if norm == inf:
-        return d.abs().amax(1)
+        return d.abs_().amax(1)
     if norm == 2:
         return d.norm(dim=1)
     return d.abs().sum(1) if norm == 1 else (d != 0).sum(1).to(x.dtype)
@@ -191,7 +191,7 @@ def linear_maximiser(gradient: Tensor, x: Tensor, eps, norm=inf) -> Tensor:
     """
     check_norm(norm)
     if norm == inf:
-        return torch.addcmul(x, _flat(eps, x), gradient.sign()).clamp_(0, 1)
+        return gradient.sign().mul_(_flat(eps, x)).add_(x).clamp_(0, 1)
     g, e = gradient.flatten(1), _flat(eps, x).reshape(-1, 1)
     room = torch.where(g > 0, 1 - x.flatten(1), x.flatten(1)) * (g != 0)
     g = g.abs() / g.abs().amax(1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)

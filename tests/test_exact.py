@@ -195,7 +195,7 @@ def test_trace_is_monotone_and_ends_at_the_answer(digits):
 
 @pytest.mark.parametrize("norm, search", SEARCHES)
 def test_out_of_time_is_unknown_and_the_bracket_holds(digits, norm, search):
-    model, x, y = random_case(3, (4, 12, 12, 3))
+    model, x, y = random_case(11, (4, 12, 12, 3))
     known = minimal_distortion(model, x, y, norm=norm, search=search)
     stopped = minimal_distortion(model, x, y, norm=norm, search=search, time_limit=0.0)
     assert known.status == "falsified" and stopped.lower <= known.upper and known.lower <= stopped.upper

@@ -71,7 +71,7 @@ class Attempt:
         self.eps = torch.as_tensor(eps, dtype=dtype, device=x.device).expand(len(x))
         self.queries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.generator = generator
-        self.best = self.x.clone()
+        self.best = self.x  # copied by `_keep` when the first point is kept
         self.distance = torch.full((len(x),), inf, dtype=dtype, device=x.device)
         self._clean: Tensor | None = None if len(x) else self.x.new_zeros(0, 1)
 
@@ -182,9 +182,14 @@ class Attempt:
         a = a.detach().index_select(0, which)
         d = threat.distance(a, self.x.index_select(0, index), self.norm)
         better = ((d < self.distance[index]) & within(d, self.eps[index])).nonzero()[:, 0]
-        self.best.index_copy_(0, index[better], a.index_select(0, better))
+        self._keep(index[better], a.index_select(0, better))
         self.distance[index[better]] = d[better]
         return won
+
+    def _keep(self, index: Tensor, a: Tensor) -> None:
+        if self.best is self.x:
+            self.best = self.x.clone()
+        self.best.index_copy_(0, index, a)
 
     def result(self, last: Tensor | None = None, rows: Tensor | None = None) -> AttackResult:
         """Judge the best points by a fresh forward pass, in the box and the ball; what fails the check is no success.
@@ -192,18 +197,21 @@ class Attempt:
         `last` [m, *shape]: candidates nobody has judged yet; images still open take theirs, and this pass judges them.
         """
         if not len(self.x):
-            return AttackResult(self.best, self.distance == 0, self.distance, self.queries)
+            return AttackResult(self.best.clone(), self.distance == 0, self.distance, self.queries)
         if last is not None:
             undecided = (_pick(self.distance, rows) == inf).nonzero()[:, 0]
             index = undecided if rows is None else rows[undecided]
-            self.best.index_copy_(0, index, last.detach().index_select(0, undecided))
+            if len(index) == len(self.x):
+                self.best = last.detach()
+            else:
+                self._keep(index, last.detach().index_select(0, undecided))
             self.queries[index] += 1
         with evaluating(self.model), torch.no_grad():
             logits = self.model(self.best)
         d, flat = threat.distance(self.best, self.x, self.norm), self.best.flatten(1)
         success = self.wins(logits) & (flat.amin(1) >= 0) & (flat.amax(1) <= 1) & within(d, self.eps)
         lost = (~success).nonzero()[:, 0]
-        self.best.index_copy_(0, lost, self.x.index_select(0, lost))
+        self._keep(lost, self.x.index_select(0, lost))
         return AttackResult(self.best, success, torch.where(success, d, inf), self.queries)
 
 
