@@ -1,10 +1,14 @@
 # Every target sets itself up: only make and Python 3.11 or newer are needed before the first one.
-#   make book      execute what is stale, build the site, say where it is
-#   make test      style, types, unit tests, every notebook re-run, the built site in a headless browser
-#   make execute   re-run every notebook          make serve    the site on http://127.0.0.1:8000
-#   make lab       JupyterLab on the notebooks    make bench    the benchmarks (minutes)
-#   make bench-attacks   our attacks against six other libraries, in an environment of their own (minutes)
-#   make clean     remove what was built (not .venv)
+#   make book            execute what is stale, build the site, say where it is
+#   make test            style, types, unit tests, every notebook re-run, the built site in a headless browser
+#   make execute         re-run every notebook
+#   make serve           the site on http://127.0.0.1:8000 (another port: make serve PORT=9000)
+#   make lab             JupyterLab on the notebooks (its options: make lab ARGS="--no-browser")
+#   make bench           exact verification, and our attacks against exact distances (3 minutes)
+#   make bench-attacks   our attacks against six other libraries, in an environment of their own (15 minutes;
+#                        a trial run: make bench-attacks ARGS="--images 5 --store trial.json")
+#   make clean           remove what was built (not .venv)
+#   make help            these lines
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -12,14 +16,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.made
 PAGE   := _build/html/index.html
+BENCH  := .venv-bench
 PORT   ?= 8000
+ARGS   ?=
 
 # Two threads on a busy two-core machine cost ten times the time, and one thread makes runs repeatable.
 export OMP_NUM_THREADS = 1
 export MKL_NUM_THREADS = 1
 export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: book site test execute serve lab bench bench-attacks clean
+.PHONY: book site test execute serve lab bench bench-attacks clean help
 .DELETE_ON_ERROR:
 
 book: $(STAMP)
@@ -42,22 +48,23 @@ test: $(STAMP)
 execute: $(STAMP)
 	$(BIN)/python book/execute.py --all
 
-serve: book
+# What is built is served; `make book` builds it anew.
+serve: $(STAMP)
+	@test -f $(PAGE) || $(MAKE) --no-print-directory book
 	$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks $(ARGS)
 
 bench: $(STAMP)
-	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@echo "== 1/2  Exact verification of 50 digits (a minute or two)"
+	$(BIN)/python benchmarks/verification.py
+	@echo "== 2/2  Our nearest adversarial examples over the exact distances, which are stored (a minute)"
+	$(BIN)/python benchmarks/gap_to_exact.py --seconds 0
+	@echo "Other libraries: make bench-attacks, or their stored results: $(BIN)/python benchmarks/attacks.py --summary"
 
-# The other libraries live in their own environment, which sees that of the course.
-bench-attacks: $(STAMP)
-	test -x .venv-bench/bin/python || $(BIN)/python -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
-	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
-	  > "$$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/course.pth"
-	.venv-bench/bin/python benchmarks/attacks.py
+bench-attacks: $(BENCH)/.made
+	$(BENCH)/bin/python benchmarks/attacks.py $(ARGS)
 
 clean:
 	rm -rf _build build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -69,3 +76,14 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+# The other libraries live in their own environment, which sees that of the course.
+$(BENCH)/.made: benchmarks/requirements.txt $(STAMP)
+	test -x $(BENCH)/bin/python || $(BIN)/python -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > "$$($(BENCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/course.pth"
+	@touch $@
+
+help:
+	@sed -n 's/^#   //p' Makefile

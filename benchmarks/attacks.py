@@ -2,7 +2,7 @@
 
     python benchmarks/attacks.py                    measure everything, about ten minutes; writes attacks.json and attacks.md
     python benchmarks/attacks.py --only FGSM DDN    measure the cases whose names contain one of these, keep the others
-    python benchmarks/attacks.py --only FGSM --store /tmp/trial.json      the same, elsewhere: a trial run
+    python benchmarks/attacks.py --images 5 --store trial.json      a trial of the machinery, kept elsewhere (a minute)
     python benchmarks/attacks.py --summary          print the short table of the stored results; --report: write attacks.md anew
 """
 import argparse
@@ -52,9 +52,9 @@ CASES = {
     "FMN ℓ0": (0, None, (200, 100), 1, {"ours": lambda m, x, y, e: attacks.fmn(m, x, y, norm=0)}),
     "JSMA ℓ0, targeted": (0, None, (100, 50), 1, {"ours": lambda m, x, y, e: attacks.jsma(m, x, y, target=next_class(y))}),
     "Three pixels": (0, 3, (50, 40), 3, {"ours": lambda m, x, y, e: attacks.one_pixel(m, x, y, eps=3, generator=seeded())}),
-    "Square ℓ∞": (inf, True, (100, 60), 3, {"ours": lambda m, x, y, e: attacks.square(m, x, y, eps=e, generator=seeded())}),
-    "Square ℓ2": (2, True, (100, 60), 3, {"ours": lambda m, x, y, e: attacks.square(m, x, y, eps=e, norm=2, generator=seeded())}),
-    "HopSkipJump ℓ2": (2, None, (20, 20), 3, {
+    "Square ℓ∞": (inf, True, (100, 60), 5, {"ours": lambda m, x, y, e: attacks.square(m, x, y, eps=e, generator=seeded())}),
+    "Square ℓ2": (2, True, (100, 60), 5, {"ours": lambda m, x, y, e: attacks.square(m, x, y, eps=e, norm=2, generator=seeded())}),
+    "HopSkipJump ℓ2": (2, None, (40, 40), 3, {
         "ours": lambda m, x, y, e: attacks.hop_skip_jump(m, x, y, queries=3900, generator=seeded())}),
     "Universal ℓ∞": (inf, 0.2, (100, 50), 3, {
         "ours": lambda m, x, y, e: attacks.universal_sgd(m, x, y, eps=e, generator=seeded()),
@@ -165,10 +165,10 @@ def images(case: str, model):
     return x[right], y[right]
 
 
-def measure(case: str, name: str) -> list[dict]:
-    """All contenders of one case on one network."""
+def measure(case: str, name: str, most: int) -> list[dict]:
+    """All contenders of one case on one network, on `most` images at most."""
     norm, radius, sizes, seeds, own = CASES[case]
-    model, n = models.load(name), sizes["cnn" in name]
+    model, n = models.load(name), min(most, sizes["cnn" in name])
     eps = inf if radius is None else EPS[name][norm] if radius is True else radius
     x, y = images(case, model)
     seen, rest = (x[:n], y[:n]), (x[n:n + JUDGED], y[n:n + JUDGED])
@@ -223,6 +223,7 @@ def save(results: dict, store: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", default=[""], help="parts of names of cases")
+    parser.add_argument("--images", type=int, default=10**6, help="at most so many images a case: for a trial")
     parser.add_argument("--store", type=Path, default=HERE / "attacks.json", help="where the results are kept")
     parser.add_argument("--summary", action="store_true", help="print the short table of the stored results, measure nothing")
     parser.add_argument("--report", action="store_true", help="write the report of the stored results, measure nothing")
@@ -241,9 +242,9 @@ def main() -> None:
     results["versions"] = {library: installed(package) for library, package in packages.items() if installed(package)}
     results["machine"] = f"{platform.machine()} with {os.cpu_count()} cores, no GPU, Python {platform.python_version()}"
     todo = [(case, name) for case in CASES if any(part in case for part in args.only) for name in EPS]
-    for case, name in (bar := tqdm(todo)):
+    for case, name in (bar := tqdm(todo, disable=None)):
         bar.set_description(f"{case}, {name}")
-        fresh = measure(case, name)
+        fresh = measure(case, name, args.images)
         results["rows"] = [r for r in results["rows"] if (r["case"], r["network"]) != (case, name)] + fresh
         for r in fresh:
             bar.write(f"{case}, {name}, {r['who']}: " + (r.get("error") or f"{r['seconds'] / r['n'] * 1e3:.4g} ms an image" + (
