@@ -176,8 +176,11 @@ def steepest(gradient: Tensor, norm=inf, x: Tensor | None = None) -> Tensor:
         return gradient.sign()
     g = gradient.flatten(1)
     if norm == 2:
-        g = g / g.abs().amax(1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)  # no underflow in the squares
-        return (g / g.norm(dim=1, keepdim=True).clamp_min(1e-12)).reshape(gradient.shape)
+        length = g.norm(dim=1, keepdim=True)
+        if bool((length < 1e-15).any()):  # the squares may have underflowed: bring these to a largest component of one
+            g = torch.where(length < 1e-15, g / g.abs().amax(1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny), g)
+            length = g.norm(dim=1, keepdim=True)
+        return (g / length.clamp_min(1e-15)).reshape(gradient.shape)
     step = torch.zeros_like(g)
     best = g.abs().argmax(1, keepdim=True)
     return step.scatter(1, best, g.gather(1, best).sign()).reshape(gradient.shape)

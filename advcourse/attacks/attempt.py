@@ -106,7 +106,8 @@ class Attempt:
 
     def label(self, rows: Tensor | None = None) -> Tensor:
         """The class the attack speaks about, [m]: the target where there is one, else y."""
-        return _pick(self.y if self.target is None else self.target, rows)
+        label = self.y if self.target is None else self.target
+        return label if rows is None else label.index_select(0, rows)
 
     def _forward(self, a: Tensor) -> Tensor:
         logits = self.model(a)

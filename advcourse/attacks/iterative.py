@@ -36,20 +36,20 @@ class Ball:
         self.around = first.index_select(0, which), second.index_select(0, which)
 
     def step(self, a: Tensor, gradient: Tensor, length: Tensor) -> Tensor:
-        """Proj(a + length * direction), uphill: the direction is the steepest of length one in the norm.
+        """Proj(a + length * direction), uphill: the direction is the steepest of length one in the norm; eats the gradient.
 
         For norm 1 the steepest direction moves one pixel; here as many move, equally, as eps could push from 0 to 1. For
         norm 0 it is the gradient over its largest component: the projection chooses whom to move.
         """
         if self.norm == inf:
-            direction = gradient.sign()
+            direction = gradient.sign_()
         elif self.norm == 2:
             direction = threat.steepest(gradient, 2, a)
         elif self.norm == 1:
             direction = sparse_direction(gradient, a, self.around[1])
         else:
             direction = gradient / like(gradient.flatten(1).abs().amax(1).clamp_min(1e-30), a)
-        return self.project(torch.addcmul(a, like(length, a), direction))
+        return self.project(direction.mul_(like(length, a)).add_(a))
 
 
 def sparse_direction(gradient: Tensor, a: Tensor, count: Tensor) -> Tensor:
