@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from advcourse import losses, threat
-from advcourse.attacks.attempt import AttackResult, Attempt
+from advcourse.attacks.attempt import ROUNDING, AttackResult, Attempt
 from advcourse.attacks.iterative import check_count, like
-
-DUAL = {inf: 1, 2: 2, 1: inf}
 
 
 def deepfool(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, steps: int = 50, candidates: int = 9, overshoot: float = 0.02,
@@ -21,7 +19,7 @@ def deepfool(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, steps: int = 50,
     most likely classes, later ones at the three then nearest. `refine` rounds of `pull_back` follow, which the paper does
     not have. Untargeted. ValueError as for `fgsm`, for norm 0, and for steps or candidates below 1.
     """
-    if norm not in DUAL:
+    if norm not in (inf, 2, 1):
         raise ValueError(f"norm={norm!r}: DeepFool knows inf, 2 and 1")
     check_count(steps, "steps")
     check_count(candidates, "candidates")
@@ -36,8 +34,8 @@ def deepfool(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, steps: int = 50,
         won = attempt.submit(a, logits, rows)
         rows, a, rivals, leads, w = rows[~won], a[~won], rivals[~won], leads[~won], w[:, ~won]
         extra = extra[~won] if k else -overshoot * leads.amax(1)
-        gap = confidence + extra[:, None].clamp_min(1e-6) - leads
-        away = gap / dual_length(w, a, norm)
+        gap = (goal(attempt, logits[~won]) + extra)[:, None] - leads
+        away = gap / dual_lengths(w, a, norm)
         if k == 0:
             nearest = away.topk(min(3, away.shape[1]), 1, largest=False).indices
             rivals, gap, away = (v.gather(1, nearest) for v in (rivals, gap, away))
@@ -57,37 +55,66 @@ def rivals_of(attempt: Attempt, rows: Tensor, k: int) -> Tensor:
     return clean.scatter(1, y[:, None], -inf).topk(min(k, max(1, clean.shape[1] - 1)), 1).indices
 
 
-def dual_length(w: Tensor, a: Tensor, norm) -> Tensor:
-    """Dual norms of the gradients w [k, m, *shape], components that point out of the box at a left out. -> [m, k]."""
-    free = torch.where(((a <= 0) & (w < 0)) | ((a >= 1) & (w > 0)), 0, w)
-    return free.flatten(2).norm(p=DUAL[norm], dim=2).T.clamp_min(1e-12)
+def dual_length(g: Tensor, norm) -> Tensor:
+    """Dual norm of each gradient, [n, *shape] -> [n]: what one unit of distance gains at most (norm 0 counts as 1)."""
+    size = g.flatten(1).abs()
+    return (size.sum(1) if norm == inf else size.norm(dim=1) if norm == 2 else size.amax(1)).clamp_min(1e-12)
+
+
+def dual_lengths(w: Tensor, a: Tensor, norm) -> Tensor:
+    """Dual norms of k gradients for every image, [k, m, *shape] -> [m, k], without what points out of the box at a."""
+    return torch.stack([dual_length(threat.inward(g, a), norm) for g in w], 1)
+
+
+def goal(attempt: Attempt, logits: Tensor) -> Tensor:
+    """The lead to aim for, [m]: the confidence asked for and a bit more than what `Attempt.wins` takes for rounding.
+
+    Who aims at a lead of zero lands on a tie, and rounding decides whether it counts.
+    """
+    low, high = logits.aminmax(dim=1)
+    return attempt.confidence + 1.25 * ROUNDING * torch.finfo(logits.dtype).eps * (high - low)
 
 
 def pull_back(attempt: Attempt, rounds: int, halvings: int = 4) -> None:
     """Bring the best points nearer to x: linearise the boundary where it was crossed and aim at it again, from x.
 
     The nearest point `near` beyond the linearised boundary is closer to x, but may not be adversarial; bisection between
-    it and the best point finds one that is. Only re-checked, nearer points replace a best one, so no result gets worse.
+    it and the best point then finds one that is. Norm 0 bisects the number of pixels instead. Only re-checked, nearer
+    points replace a best one, so no result gets worse.
     """
     for _ in range(rounds):
         rows = ((attempt.distance > 0) & (attempt.distance < inf)).nonzero()[:, 0]
         if not len(rows):
             return
         x, best = attempt.x[rows], attempt.best[rows]
-        _, value, w = attempt.gradient(losses.margin_loss, best, rows)
-        gap = attempt.confidence - value + (w * (best - x)).flatten(1).sum(1)
-        if attempt.norm == 0:  # a point between two others changes the pixels of both: aim further beyond instead
-            for further in (1.0001, 1.03, 1.1, 1.25, 1.5, 2.0):
-                a = threat.nearest_beyond(w, gap * further, x, 0)
-                attempt.submit(a, attempt.logits(a, rows), rows)
-            continue
+        logits, value, w = attempt.gradient(losses.margin_loss, best, rows)
+        gap = goal(attempt, logits) - value + (w * (best - x)).flatten(1).sum(1)
         near = threat.nearest_beyond(w, gap, x, attempt.norm)
-        low, high = torch.zeros_like(value), torch.ones_like(value)  # shares of the way from `near` to `best`
-        for _ in range(halvings):
+        if attempt.norm == 0:
+            _fewer(attempt, rows, w, threat.distance(near, x, 0) - 1, halvings)
+            continue
+        lost = ~attempt.submit(near, attempt.logits(near, rows), rows)
+        rows, near, best = rows[lost], near[lost], best[lost]
+        low, high = torch.zeros_like(gap[lost]), torch.ones_like(gap[lost])  # shares of the way from `near` to `best`
+        for _ in range(halvings if len(rows) else 0):
             middle = (low + high) / 2
             a = torch.lerp(near, best, like(middle, best))
             won = attempt.submit(a, attempt.logits(a, rows), rows)
             low, high = torch.where(won, low, middle), torch.where(won, middle, high)
+
+
+def _fewer(attempt: Attempt, rows: Tensor, w: Tensor, low: Tensor, halvings: int) -> None:
+    """Bisect the number of pixels between `low`, too few, and the best point's: those that gain most, to the end of the box."""
+    high = attempt.distance[rows]
+    for _ in range(halvings):
+        open_ = high - low > 1
+        rows, w, low, high = rows[open_], w[open_], low[open_], high[open_]
+        if not len(rows):
+            return
+        middle = ((low + high) / 2).floor()
+        a = threat.linear_maximiser(w, attempt.x[rows], middle, 0)
+        won = attempt.submit(a, attempt.logits(a, rows), rows)
+        low, high = torch.where(won, low, middle), torch.where(won, middle, high)
 
 
 def lbfgs(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 50, search_steps: int = 10, weight: float = 1.0,
@@ -121,7 +148,7 @@ def _nearest_class(attempt: Attempt, rows: Tensor) -> Tensor:
     """For every image the class whose linearised boundary with y is nearest, [m]."""
     a, rivals = attempt.x[rows], rivals_of(attempt, rows, attempt.clean.shape[1] - 1)
     _, leads, w = attempt.class_gradients(a, rivals, rows)
-    return rivals.gather(1, (-leads / dual_length(w, a, 2)).argmin(1, keepdim=True))[:, 0]
+    return rivals.gather(1, (-leads / dual_lengths(w, a, 2)).argmin(1, keepdim=True))[:, 0]
 
 
 def _penalised(attempt: Attempt, row: Tensor, aim: Tensor, weight: float, loss, steps: int) -> bool:
