@@ -99,7 +99,8 @@ def certified_radius(model: nn.Module | Network, x: Tensor, y: Tensor, *, norm=i
 
 def unstable(net: Network, intervals: list[Interval]) -> Tensor:
     """Number [n] of ReLUs whose input may have either sign in the set of `intervals`: each costs a binary variable."""
-    total = torch.zeros(len(intervals[-1].lower), dtype=torch.long)
+    lower = intervals[-1].lower
+    total = torch.zeros(len(lower), dtype=torch.long, device=lower.device)
     for layer, box in zip(net.activations, intervals, strict=False):
         if isinstance(layer, Relu):
             total += ((box.lower < 0) & (box.upper > 0)).sum(1)

@@ -77,6 +77,7 @@ def halve(nodes: Nodes, unit: Tensor) -> Nodes:
 
 
 def evaluate(red: Reduced, nodes: Nodes, region: Region) -> Bound:
+    """The dual bound of every node, at its own slopes, splits and multipliers: a lower bound of its row over the region."""
     return bound(red, red.outputs.select(nodes.row), nodes.alpha, nodes.split, nodes.beta, region)
 
 

@@ -41,6 +41,7 @@ class Nodes(NamedTuple):
 
 
 def join(*parts: Nodes) -> Nodes:
+    """The nodes of all parts, one after the other."""
     return Nodes(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

@@ -61,6 +61,7 @@ class Rows(NamedTuple):
 
 
 def stack(*parts: Rows) -> Rows:
+    """The rows of all parts, one after the other."""
     return Rows(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
