@@ -36,13 +36,13 @@ class Ball:
         self.around = first.index_select(0, which), second.index_select(0, which)
 
     def step(self, a: Tensor, gradient: Tensor, length: Tensor) -> Tensor:
-        """Proj(a + length * direction), uphill: the direction is the steepest of length one in the norm; eats the gradient.
+        """Proj(a + length * direction), uphill: the direction is the steepest of length one in the norm.
 
         For norm 1 the steepest direction moves one pixel; here as many move, equally, as eps could push from 0 to 1. For
         norm 0 it is the gradient over its largest component: the projection chooses whom to move.
         """
         if self.norm == inf:
-            direction = gradient.sign_()
+            direction = gradient.sign()
         elif self.norm == 2:
             direction = threat.steepest(gradient, 2, a)
         elif self.norm == 1:
