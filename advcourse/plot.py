@@ -79,3 +79,24 @@ def curve(ax, x, values, low=None, high=None, label: str | None = None, **style)
     line, = ax.plot(x, values, label=label, **style)
     if low is not None:
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+
+
+def table(head, rows, caption: str) -> None:
+    """Display a table as HTML that a screen reader can walk: a caption, one head a column, the first cell of a row its head.
+
+    Cells are text, numbers already formatted. ValueError for an empty caption or a row of another length than the head.
+    """
+    from html import escape
+
+    from IPython.display import HTML, display
+
+    if not caption.strip():
+        raise ValueError(f"caption={caption!r}: say what the table shows")
+    for k, row in enumerate(rows):
+        if len(row) != len(head):
+            raise ValueError(f"row {k} has {len(row)} cells for {len(head)} columns")
+    top = "".join(f'<th scope="col">{escape(str(cell))}</th>' for cell in head)
+    body = "\n".join(f'<tr><th scope="row">{escape(str(first))}</th>' + "".join(f"<td>{escape(str(c))}</td>" for c in rest)
+                     + "</tr>" for first, *rest in rows)
+    display(HTML(f"<table>\n<caption>{escape(caption)}</caption>\n<thead><tr>{top}</tr></thead>\n"
+                 f"<tbody>\n{body}\n</tbody>\n</table>"))
