@@ -76,13 +76,13 @@ def strongest(ours: dict, peers: list[dict]) -> tuple[dict | None, str, str]:
     return best, *compare(ours, best)
 
 
-def fastest(ours: dict, peers: list[dict]) -> str:
-    """The fastest peer that is not weaker than ours, and its time over ours."""
+def fastest(ours: dict, peers: list[dict]) -> tuple[str, str]:
+    """The fastest peer that is not weaker than ours: its time over ours, and its queries over ours."""
     equal = [p for p in peers if compare(p, ours)[0] != "weaker"]
     if not equal:
-        return "no peer as strong"
+        return "no peer as strong", ""
     best = min(equal, key=lambda p: p["seconds"])
-    return f"{best['seconds'] / ours['seconds']:.2g}x ({best['who']})"
+    return f"{best['seconds'] / ours['seconds']:.2g}x ({best['who']})", f"{best['queries'] / ours['queries']:.2g}x"
 
 
 def shown(row: dict) -> str:
@@ -103,14 +103,14 @@ def groups(rows: list[dict]):
 
 def summary(rows: list[dict]) -> str:
     """The short table: one line a case and network."""
-    lines = ["| attack | network | ours | strongest peer | ours is | fastest peer as strong: its time / ours | "
-             "our time / bare passes (and a judging one) |", "|---|---|---|---|---|---|---|"]
+    lines = ["| attack | network | ours | strongest peer | ours is | fastest peer as strong: its time / ours | its queries / ours | "
+             "our time / bare passes (and a judging one) |", "|---|---|---|---|---|---|---|---|"]
     for _, ours, peers, bare in groups(rows):
         best, word, number = strongest(ours, peers)
         peer = f"{shown(best)} ({best['who']})" if best else ""
         cost = [f"{ours['seconds'] / r['seconds']:.2f}" for r in bare]
         lines.append(f"| {ours['case']} | {'MLP' if 'mlp' in ours['network'] else 'CNN'} | {shown(ours)} | {peer} | "
-                     f"{word} ({number}) | {fastest(ours, peers)} | {f'{cost[0]} ({cost[-1]})' if cost else ''} |")
+                     f"{word} ({number}) | {' | '.join(fastest(ours, peers))} | {f'{cost[0]} ({cost[-1]})' if cost else ''} |")
     return "\n".join(lines)
 
 

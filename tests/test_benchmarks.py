@@ -67,10 +67,11 @@ def test_an_attack_below_the_proved_bound_is_refused(monkeypatch):
         gap_to_exact.compare(None, None, None, inf, [{"lower": 0.51, "upper": 0.6}])
 
 
-def test_l0_distance_by_branch_and_bound_is_that_of_highs():
+@pytest.mark.parametrize("norm", [inf, 2, 1, 0])
+def test_the_bracket_is_that_of_highs(norm):
     from advcourse import data, models
     model, (x, y) = models.load("mnist-mlp50-standard"), data.mnist("test", 5)
-    for i in (3, 4):                            # quick ones for HiGHS
-        lower, upper, by = gap_to_exact.fewest(model, x[i], int(y[i]), 0, 60.0, inf)
-        c = gap_to_exact.exact.minimal_distortion(model, x[i], int(y[i]), norm=0, progress=False)
-        assert (lower, upper, by) == (c.lower, c.upper, "branch and bound") and c.status == "falsified"
+    found = gap_to_exact.search(model, x[3], int(y[3]), norm, 60.0, {})
+    c = gap_to_exact.exact.minimal_distortion(model, x[3], int(y[3]), norm=norm, progress=False)
+    assert found["by"] == "branch and bound" and c.status == "falsified"
+    assert max(found["lower"], c.lower) <= min(found["upper"], c.upper) and gap_to_exact.settled(found)
