@@ -29,8 +29,9 @@ def aims(attempt: Attempt, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     Nearest by linearised distance; a class beyond REACH times the nearest one is left out.
     """
     rows = attempt.started
-    if attempt.target is not None:
+    if attempt.target is not None and len(rows):
         yield rows, attempt.target[rows]
+    if attempt.target is not None or not len(rows):
         return
     rivals = rivals_of(attempt, rows, attempt.clean.shape[1] - 1)
     _, leads, w = attempt.class_gradients(attempt.x[rows], rivals, rows)
@@ -76,10 +77,11 @@ def _threshold(size: Tensor, e: Tensor) -> Tensor:
     t = torch.zeros_like(e)
     for _ in range(size.shape[1]):
         rest = (size - t).clamp_min_(0)
-        rise = (rest.sum(1, keepdim=True) - e).clamp_min(0) / rest.sign().sum(1, keepdim=True).clamp_min(1)
-        t = t + rise
-        if bool((rise <= 1e-6 * t).all()):
+        rise = (rest.sum(1, keepdim=True) - e) / rest.sign_().sum(1, keepdim=True).clamp_min_(1)
+        rising = rise > 1e-6 * t
+        if not bool(rising.any()):
             break
+        t = torch.where(rising, t + rise, t)
     return t
 
 
@@ -97,7 +99,7 @@ def fmn(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, steps: int = 40, step
     check_count(steps, "steps")
     attempt = Attempt(model, x, y, norm=norm, eps=eps, target=target, confidence=confidence, generator=generator)
     length = STEP[norm] if step is None else step
-    for rows, aim in aims(attempt, classes) if len(x) else ():
+    for rows, aim in aims(attempt, classes):
         loss, start = lead_of(attempt, aim), attempt.x[rows]
         a, radius = start, torch.full_like(attempt.distance[rows], inf)
         best = radius
@@ -137,7 +139,7 @@ def ddn(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 40, step: float 
         raise ValueError(f"norm={norm!r}: ddn is a Euclidean attack, use fmn for the others")
     check_count(steps, "steps")
     attempt = Attempt(model, x, y, norm=2, eps=eps, target=target, confidence=confidence, generator=generator)
-    for rows, aim in aims(attempt, classes) if len(x) else ():
+    for rows, aim in aims(attempt, classes):
         loss, start = lead_of(attempt, aim), attempt.x[rows]
         a, radius = start, torch.ones_like(attempt.distance[rows])
         for k in range(steps):

@@ -94,7 +94,7 @@ def _train(kind: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, target
         check_count(value, name)
     threat.check_eps(weight, "weight")
     attempt = Attempt(model, x, y, eps=eps, target=target, generator=generator)
-    classes, p = attempt.clean.shape[1], x[0].numel() if len(x) else 1
+    classes, p = attempt.clean.shape[1], x.shape[1:].numel()
     if kind == "atn" and len(target.unique()) > 1:
         raise ValueError(f"target holds {len(target.unique())} classes: an ATN is trained for one, train one for each")
     rows = torch.arange(len(x), device=x.device)
