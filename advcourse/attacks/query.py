@@ -1,4 +1,5 @@
 """Attacks that only ask questions: Square, which sees the scores, and HopSkipJump, which sees the decision alone."""
+from collections.abc import Callable
 from math import inf
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor, nn
 from advcourse import noise, threat
 from advcourse.attacks.attempt import AttackResult, Attempt
 from advcourse.losses import margin_loss
+
+PASS = 512  # images a forward pass: more at once are slower, they leave the processor's cache
+BOUNDARY, CENTRE, STEPS = 12, 8, 6  # HopSkipJump's questions a round, beside the directions
 
 
 def _check_queries(queries: int) -> None:
@@ -91,12 +95,13 @@ def _unit(v: Tensor) -> Tensor:
 
 
 def hop_skip_jump(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, eps=inf, queries: int = 2000, start: Tensor | None = None,
-                  target: Tensor | None = None, first: int = 100, generator: torch.Generator | None = None) -> AttackResult:
+                  target: Tensor | None = None, first: int = 200, generator: torch.Generator | None = None) -> AttackResult:
     """HopSkipJump: the boundary's normal is estimated from yes/no answers (chen2020hopskipjumpattack), norms 2 and inf.
 
     Black box, decision only: at most `queries` evaluations an image beside the look at x. Starts at `start`, images that
-    are adversarial (needed when there is a target), or at the nearest of five random adversarial images; an image for which
-    none is found fails, the others go on. Round k draws about `first` * sqrt(k) directions. Returns the nearest adversarial
+    are adversarial (needed when there is a target), or at the first of 50 random images that is; an image for which none is
+    found fails, the others go on. Round k asks about `first` * sqrt(k) directions. Unlike the paper's, they are orthogonal
+    and centred where the box leaves room for all of them: more is learned a question. Returns the nearest adversarial
     image seen, if it lies within eps. Errors as for `fgsm`; ValueError for other norms, a negative number of queries, or a
     target without `start`.
     """
@@ -115,9 +120,8 @@ def hop_skip_jump(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, eps=inf, qu
     reach = torch.as_tensor(eps, dtype=attempt.x.dtype, device=x.device)
     if reach.shape not in ((), (len(x),)):
         raise ValueError(f"eps of shape {list(reach.shape)} is neither a number nor one number an image")
-    for row in rows[:, None]:
-        given = None if start is None else start[row].to(attempt.x)
-        _Walk(attempt, row, queries, int(seeds[row])).run(given, first)
+    for some in rows.split(max(1, 2**14 // x.shape[1:].numel())) if len(rows) and queries else ():  # a few at a time: memory
+        _Walk(attempt, some, seeds[some], queries).run(None if start is None else start[some].to(attempt.x), first)
     attempt.eps = reach.expand(len(x))  # farther points were steps on the way
     return attempt.result()
 
@@ -127,81 +131,113 @@ class _OutOfQueries(Exception):
 
 
 class _Walk:
-    """HopSkipJump on one image: along the boundary, nearer and nearer to x."""
+    """HopSkipJump on m images in step: each asks the same number of questions, and goes its own way along the boundary."""
 
-    def __init__(self, attempt: Attempt, row: Tensor, queries: int, seed: int):
-        self.attempt, self.row, self.x = attempt, row, attempt.x[row]
-        self.norm, self.left = attempt.norm, queries
-        self.random = torch.Generator().manual_seed(seed)
-
-    def draw(self, n: int, sampler) -> Tensor:
-        return sampler(n, *self.x.shape[1:], generator=self.random).to(self.x)
+    def __init__(self, attempt: Attempt, rows: Tensor, seeds: Tensor, queries: int):
+        self.attempt, self.left = attempt, queries
+        self.rows, self.x, self.seeds = rows, attempt.x[rows], seeds
 
     def ask(self, points: Tensor) -> Tensor:
-        """Which of the points [m, *shape] are adversarial, [m] bool; the nearest one is kept. _OutOfQueries when too many."""
-        if len(points) > self.left:
+        """Which of the points [m, q, *shape] are adversarial, [m, q] bool; the nearest are kept. _OutOfQueries when too many."""
+        m, q = points.shape[:2]
+        if q > self.left:
             raise _OutOfQueries
-        self.left -= len(points)
-        rows = self.row.expand(len(points))
-        logits = self.attempt.logits(points, rows)
-        won = self.attempt.wins(logits, rows)
+        self.left -= q
+        flat, rows = points.flatten(0, 1), self.rows.repeat_interleave(q)
+        parts = zip(flat.split(PASS), rows.split(PASS), strict=True)
+        logits = torch.cat([self.attempt.logits(*part) for part in parts])
+        won = self.attempt.wins(logits, rows).reshape(m, q)
         if bool(won.any()):
-            nearest = torch.where(won, threat.distance(points, self.x, self.norm), inf).argmin().reshape(1)
-            self.attempt.submit(points[nearest], logits[nearest], self.row)
+            d = (points - self.x[:, None]).flatten(2).norm(p=self.attempt.norm, dim=2).masked_fill_(~won, inf)
+            nearest, i = d.min(1)
+            found = (nearest < self.attempt.distance[self.rows]).nonzero()[:, 0]
+            if len(found):
+                i = found * q + i[found]
+                self.attempt.submit(flat[i], logits[i], rows[i])
         return won
 
-    def between(self, a: Tensor, t: float) -> Tensor:
-        """The point at share t of the way from x to a: on the segment, or a cut to a share of its l-infinity distance."""
-        if self.norm == 2:
-            return torch.lerp(self.x, a, t)
-        return threat.project(a, self.x, t * threat.distance(a, self.x, inf), inf)
+    def bisect(self, path: Callable[[Tensor], Tensor], low: float, high: float, halvings: int) -> tuple[Tensor, Tensor]:
+        """Bounds [m], [m] of the share at which path(share [m]), right at low and adversarial at high, changes sides."""
+        a, b = (self.x.new_full((len(self.x),), v) for v in (low, high))
+        for _ in range(halvings):
+            middle = (a + b) / 2
+            won = self.ask(path(middle)[:, None])[:, 0]
+            a, b = torch.where(won, a, middle), torch.where(won, middle, b)
+        return a, b
 
-    def to_boundary(self, a: Tensor, step: float, precision: float = 2e-4) -> Tensor:
-        """The adversarial point nearest to the boundary on the way from a to x: growing steps, then bisection."""
-        low, high = 0.0, 1.0
-        while high - step > low:
-            if bool(self.ask(self.between(a, high - step))):
-                high, step = high - step, 2 * step
-            else:
-                low = high - step
-        while high - low > precision * high and high > 1e-6:
-            middle = (low + high) / 2
-            low, high = (low, middle) if bool(self.ask(self.between(a, middle))) else (middle, high)
-        return self.between(a, high)
+    def to_boundary(self, a: Tensor) -> Tensor:
+        """The adversarial points nearest to the boundary on the way from a to x: a segment, or a cut to smaller l-inf balls."""
+        def path(t: Tensor) -> Tensor:
+            if self.attempt.norm == 2:
+                return torch.lerp(self.x, a, _column(t, a))
+            return threat.project(a, self.x, t * threat.distance(a, self.x, inf), inf)
+        return path(self.bisect(path, 0, 1, BOUNDARY)[1])
 
-    def begin(self, start: Tensor | None) -> Tensor | None:
-        """A point on the boundary, or None where no adversarial image turns up."""
-        starts = self.draw(50, torch.rand) if start is None else start
-        found: list[Tensor] = []
-        for a in starts.split(1):
-            if len(found) < 5 and bool(self.ask(a)):
-                found.append(self.to_boundary(a, 0.5))
-        return min(found, key=lambda a: float(threat.distance(a, self.x, self.norm)), default=None)
+    def begin(self, start: Tensor | None) -> Tensor:
+        """Points on the boundary; images without an adversarial one to start from are dropped."""
+        if start is None:
+            tries = min(50, self.left)
+            starts = noise.uniform(self.seeds, tries * self.x[0].numel(), dtype=self.x.dtype)
+            starts = starts.reshape(len(self.x), tries, *self.x.shape[1:])
+        else:
+            starts = start[:, None]
+        won = self.ask(starts)
+        some = won.any(1)
+        self.rows, self.x, self.seeds = self.rows[some], self.x[some], self.seeds[some]
+        return self.to_boundary(_first(starts[some], won[some]))
 
-    def normal(self, a: Tensor, count: int) -> Tensor:
-        """The boundary's normal at a, up to length: the directions that are adversarial less those that are not."""
-        u = self.draw(count, torch.randn)
-        radius = threat.distance(a, self.x, 2) / self.x.numel() ** 0.5
-        points = (a + radius * _unit(u)).clamp(0, 1)
-        vote = self.ask(points).to(a) * 2 - 1
-        if vote.min() != vote.max():
-            vote = vote - vote.mean()
-        return ((points - a) * _column(vote, a)).mean(0, keepdim=True)
+    def normal(self, a: Tensor, count: int, k: int) -> Tensor:
+        """The boundary's normal near a, up to length: directions that are adversarial less those that are not, [m, *shape].
+
+        The directions are rows of a Hadamard matrix, pixel by pixel in random signs: orthogonal, and every pixel moves by
+        the same radius. They start from the middle of the boundary layer, near a, where this radius keeps to the box:
+        cut by the box, most of them would fall on one side and say little.
+        """
+        p = self.x[0].numel()
+        radius = threat.distance(a, self.x, 2) / (10 * p)
+        r = _column(radius, a)
+
+        def path(t: Tensor) -> Tensor:
+            return torch.lerp(self.x, a, _column(t, a)).maximum(r).minimum(1 - r)
+        low, high = self.bisect(path, 1 - 1 / p, 1 + 6 / p, CENTRE)
+        centre = path((low + high) / 2)
+        rows = _hadamard(count, p).to(a)
+        signs = (noise.uniform(self.seeds, p, step=k, dtype=a.dtype) - 0.5).sign() * radius[:, None]
+        points = torch.addcmul(centre.flatten(1)[:, None], rows, signs[:, None]).clamp_(0, 1)
+        vote = self.ask(points.reshape(len(a), count, *a.shape[1:])).to(a) * 2 - 1
+        mean = vote.mean(1, keepdim=True)
+        vote = vote - mean.masked_fill(mean.abs() == 1, 0)
+        return (vote @ rows * signs).reshape(a.shape)
+
+    def step(self, a: Tensor, direction: Tensor, longest: Tensor) -> Tensor:
+        """The longest adversarial one of several steps from a; a where none is."""
+        lengths = longest[:, None] * 0.5 ** torch.arange(STEPS, device=a.device)
+        points = (a[:, None] + lengths.reshape(*lengths.shape, *[1] * (a.dim() - 1)) * direction[:, None]).clamp(0, 1)
+        won = self.ask(points)
+        return torch.where(_column(won.any(1), a), _first(points, won), a)
 
     def run(self, start: Tensor | None, first: int) -> None:
         """Boundary, normal, step, and again until the queries are spent."""
         try:
             a, k = self.begin(start), 0
-            while a is not None:
+            while len(a):
                 k += 1
-                count = min(int(first * k**0.5), max(1, self.left // 2))
-                direction = threat.steepest(self.normal(a, count), self.norm, a)
-                length = threat.distance(a, self.x, self.norm) / k**0.5
-                for _ in range(15):  # the longest of these steps that is still adversarial
-                    b = (a + length * direction).clamp(0, 1)
-                    if bool(self.ask(b)):
-                        a = self.to_boundary(b, 0.02)
-                        break
-                    length = length / 2
+                count = min(int(first * k**0.5), 1 << self.x[0].numel().bit_length() - 1, self.left - CENTRE - STEPS - BOUNDARY)
+                direction = threat.steepest(self.normal(a, max(1, count), k), self.attempt.norm, a)
+                length = threat.distance(a, self.x, self.attempt.norm) / k**0.5
+                a = self.to_boundary(self.step(a, direction, length))
         except _OutOfQueries:
             pass
+
+
+def _first(points: Tensor, won: Tensor) -> Tensor:
+    """For each image the first of its points [m, q, *shape] that won, [m, *shape]."""
+    return points[torch.arange(len(won), device=won.device), won.byte().argmax(1)]
+
+
+def _hadamard(count: int, p: int) -> Tensor:
+    """Rows of +-1, [count, p], orthogonal (up to the last columns) for count <= p: those of a Hadamard matrix, repeated."""
+    h = torch.ones(1, 1)
+    while len(h) < count:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h[:count, torch.arange(p) % len(h)]
