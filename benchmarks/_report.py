@@ -103,8 +103,8 @@ def groups(rows: list[dict]):
 
 def summary(rows: list[dict]) -> str:
     """The short table: one line a case and network."""
-    lines = ["| attack | network | ours | strongest peer | ours is | fastest peer as strong: its time / ours | its queries / ours | "
-             "our time / bare passes (and a judging one) |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| attack | network | ours | strongest peer | ours is | fastest peer as strong: its time / ours "
+             "| its queries / ours | our time / bare passes (and a judging one) |", "|---|---|---|---|---|---|---|---|"]
     for _, ours, peers, bare in groups(rows):
         best, word, number = strongest(ours, peers)
         peer = f"{shown(best)} ({best['who']})" if best else ""
@@ -128,7 +128,7 @@ def details(rows: list[dict]) -> str:
                 continue
             median = f"{distance(r):.4g}" if "distance" in r else ""
             found = f"{success(r):.1%} | {median}" if "won" in r else " | "
-            queries = f"{r['queries']:.0f}" + (f" ({r['useful']:.0f} before it broke)" if "useful" in r else "")
+            queries = f"{r['queries']:.0f}" + (f" ({r['useful']:.0%} before it broke)" if "useful" in r else "")
             radius = r["eps"] if r["eps"] < inf else ""
             lines.append(f"| {r['case']} | {r['who']} | {r['n']} × {r['seeds']} | {radius} | {found} | {queries} | "
                          f"{1e3 * r['seconds'] / r['n']:.3g} | {r['seconds'] / ours['seconds']:.2f} |")
@@ -152,7 +152,7 @@ interleaved runs (slow ones run once), then the mean over the seeds.
 A case has a like budget for every library (`benchmarks/_peers.py`), except that ours stops early on images already broken and
 ends minimal-norm attacks with `pull_back`. JSMA aims at the class (y + 1) mod 10. Universal perturbations are judged on images
 they were not made on. "Bare passes" are the forward and backward passes alone, and with one more forward pass, which any attack
-needs that says what it broke. "Before it broke": queries on an image up to the first that broke it.
+needs that says what it broke. "Before it broke": the share of the queries on images that no earlier query had broken (of seed 0).
 
 "Ours is" compares with the peer that does best: *weaker* if its success is higher by more than one standard error, or our median
 distance more than 1 % longer and by more than one; *stronger* if our success is higher, or our distance more than 1 % shorter,

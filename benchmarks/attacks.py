@@ -118,10 +118,11 @@ def timed(call, model, x, y, eps, seed: int):
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+    x, y = x.clone(), y.clone()             # some write into what they are given
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         start = time.process_time()
-        a = call(model, x.clone(), y.clone(), eps)
+        a = call(model, x, y, eps)
         return a, time.process_time() - start
 
 
@@ -193,7 +194,7 @@ def measure(case: str, name: str, most: int) -> list[dict]:
         for row in (r for r in rows if "error" not in r):
             ledger = Ledger(model, *seen)
             timed(calls[row["who"]], ledger, *seen, eps, 0)
-            row["useful"] = ledger.useful.mean().item()
+            row["useful"] = ledger.useful.sum().item() / ledger.images
     return rows
 
 
