@@ -182,8 +182,13 @@ def _attack(model, sentence: str, label: int, box: str, edits: float, least_simi
     return (text, made, True, judge.queries) if won else (sentence, [], False, judge.queries)
 
 
+_HIDDEN = ('<span style="position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap">'
+           "{}</span>")  # read aloud, not shown: most screen readers pass over <del> and <ins> in silence
+
+
 def marked(sentence: str, edits: list[Edit]) -> str:
-    """The sentence as HTML, every edited word struck through and followed by its replacement; readable by a screen reader."""
+    """The sentence as HTML, edited words struck through and followed by their replacement, and so named to a screen reader."""
     by_place = {e.place: e for e in edits}
-    return " ".join(f"<del>{escape(by_place[i].old)}</del> <ins>{escape(by_place[i].new)}</ins>" if i in by_place else escape(w)
-                    for i, w in enumerate(sentence.split()))
+    out, into, end = (_HIDDEN.format(w) for w in ("[struck out: ", "[replaced by: ", "]"))
+    return " ".join(f"<del>{out}{escape(by_place[i].old)}{end}</del> <ins>{into}{escape(by_place[i].new)}{end}</ins>"
+                    if i in by_place else escape(w) for i, w in enumerate(sentence.split()))
