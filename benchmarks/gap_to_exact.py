@@ -27,7 +27,7 @@ from advcourse.certify.reduced import ball
 
 STORE = Path(__file__).resolve().with_suffix(".json")
 FIRST, GAP = 500, 1e-3                          # the first test digit used here and in attacks.py; relative gap of "settled"
-IMAGES = {inf: 50, 2: 30, 1: 30, 0: 50}
+IMAGES = dict.fromkeys((inf, 2, 1, 0), 50)
 FIELD = {
     inf: {"FMN": attacks.fmn, "DeepFool": attacks.deepfool, "CW": attacks.carlini_wagner},
     2: {"FMN": attacks.fmn, "DDN": attacks.ddn, "DeepFool": attacks.deepfool, "CW": attacks.carlini_wagner},
