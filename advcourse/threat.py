@@ -115,7 +115,7 @@ def _level(rate: Tensor, cap: Tensor, goal: Tensor) -> Tensor:
     for _ in range(100):
         growing = t * rate < cap
         slope = (rate * growing).sum(1, keepdim=True)
-        new = torch.where(goal > 0, (goal - torch.where(growing, 0, cap).sum(1, keepdim=True)) / slope, 0)
+        new = torch.where(goal > 0, (goal - (cap * ~growing).sum(1, keepdim=True)) / slope, 0)
         open_ = open_ & (new > t) & (new < inf)
         t = torch.where(new > t, new, t)
         if not bool(open_.any()):
@@ -219,17 +219,17 @@ def nearest_beyond(gradient: Tensor, gap: Tensor, x: Tensor, norm=inf) -> Tensor
     """
     check_norm(norm)
     size, gap = gradient.flatten(1).abs(), gap.reshape(-1, 1)
-    room = torch.where(gradient.flatten(1) > 0, 1 - x.flatten(1), x.flatten(1)) * (size > 0)
-    tiny = torch.finfo(x.dtype).tiny
+    room = ((x + gradient.sign()).clamp(0, 1) - x).flatten(1).abs()
+    finite = torch.finfo(x.dtype)
     if norm in (inf, 2):  # each value moves by min(t w, room): find t
-        w = size if norm == 2 else (size > 0).to(x.dtype)
+        w = size if norm == 2 else size.sign()
         t = _level(size * w, size * room, gap)
-        move = torch.minimum(torch.where(w > 0, t * w, 0), room)
+        move = torch.minimum(t.clamp_max(finite.max) * w, room)
     else:  # the best values first, each to the end of its room, the last one as far as needed
         order = (size if norm == 1 else size * room).argsort(dim=1, descending=True, stable=True)
         g, r = size.gather(1, order), room.gather(1, order)
         done = (g * r).cumsum(1) - g * r
-        spent = torch.minimum(((gap - done) / g.clamp_min(tiny)).clamp_min(0), r)
+        spent = torch.minimum(((gap - done) / g.clamp_min(finite.tiny)).clamp_min(0), r)
         move = torch.zeros_like(size).scatter(1, order, spent)
     return (x + gradient.sign() * move.reshape(x.shape)).clamp(0, 1)
 

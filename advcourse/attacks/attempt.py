@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from advcourse import noise, threat
 from advcourse.losses import Loss, margin
 
-ROUNDING = 32  # a lead counts from so many units of rounding on, of the spread of the logits
+ROUNDING = 32  # a lead counts from so many units of rounding on, of the largest logit; a forward pass is off by up to 6
 
 
 @dataclass(frozen=True)
@@ -164,14 +164,17 @@ class Attempt:
         else:
             self.queries.index_add_(0, rows, torch.full_like(rows, k))
 
-    def wins(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
-        """[m] bool: the candidates with these logits are adversarial, with the confidence asked for; NaN never is.
+    def needed(self, logits: Tensor, units: float = ROUNDING) -> Tensor:
+        """The lead a success must have, [m]: the confidence asked for and `units` units of rounding of the largest logit.
 
-        The margin must exceed the rounding of a forward pass, so that a success does not depend on the batch it is judged in.
+        A forward pass rounds differently in another batch size; with this much to spare a success does not depend on it.
         """
-        lead = -margin(logits, self.label(rows)) if self.target is None else margin(logits, self.label(rows))
-        low, high = logits.aminmax(dim=1)
-        return (lead > ROUNDING * torch.finfo(logits.dtype).eps * (high - low)) & (lead >= self.confidence)
+        return self.confidence + units * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+
+    def wins(self, logits: Tensor, rows: Tensor | None = None, units: float = ROUNDING) -> Tensor:
+        """[m] bool: the candidates with these logits are adversarial, by the lead that is `needed`; NaN never is."""
+        m = margin(logits, self.label(rows))
+        return (-m if self.target is None else m) > self.needed(logits, units)
 
     def submit(self, a: Tensor, logits: Tensor, rows: Tensor | None = None) -> Tensor:
         """Keep the candidates that are adversarial, in the ball and nearer than the best so far; returns who won, [m]."""
@@ -195,6 +198,8 @@ class Attempt:
     def result(self, last: Tensor | None = None, rows: Tensor | None = None) -> AttackResult:
         """Judge the best points by a fresh forward pass, in the box and the ball; what fails the check is no success.
 
+        Half the lead that `submit` asked for is enough here, so that rounding takes no success back.
+
         `last` [m, *shape]: candidates nobody has judged yet; images still open take theirs, and this pass judges them.
         """
         if not len(self.x):
@@ -210,7 +215,7 @@ class Attempt:
         with evaluating(self.model), torch.no_grad():
             logits = self.model(self.best)
         d, flat = threat.distance(self.best, self.x, self.norm), self.best.flatten(1)
-        success = self.wins(logits) & (flat.amin(1) >= 0) & (flat.amax(1) <= 1) & within(d, self.eps)
+        success = self.wins(logits, units=ROUNDING / 2) & (flat.amin(1) >= 0) & (flat.amax(1) <= 1) & within(d, self.eps)
         lost = (~success).nonzero()[:, 0]
         self._keep(lost, self.x.index_select(0, lost))
         return AttackResult(self.best, success, torch.where(success, d, inf), self.queries)

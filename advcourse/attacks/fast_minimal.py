@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from advcourse import threat
 from advcourse.attacks.attempt import AttackResult, Attempt
 from advcourse.attacks.iterative import check_count, like
-from advcourse.attacks.minimal import dual_length, dual_lengths, goal, pull_back, rivals_of
+from advcourse.attacks.minimal import AIM, dual_length, dual_lengths, pull_back, rivals_of
 from advcourse.losses import margin_loss
 
 STEP = {inf: 2.0, 2: 2.0, 1: 2.0, 0: 0.5}  # Euclidean length of FMN's first step
@@ -108,7 +108,7 @@ def fmn(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, steps: int = 40, step
             won, here = attempt.submit(a, logits, rows), threat.distance(a, start, norm)
             best = torch.where(won, torch.minimum(best, here), best)
             g = threat.inward(g, a)
-            missing = (goal(attempt, logits) - value).clamp_min(0) / dual_length(g, norm)
+            missing = (attempt.needed(logits, AIM) - value).clamp_min(0) / dual_length(g, norm)
             radius = _next_radius(radius, best, here, won, missing, _cosine(gamma, gamma / 50, k, steps), norm)
             a = shrink(a + length * _cosine(1, 0.01, k, steps) * threat.steepest(g, 2), start, radius, norm)
         attempt.submit(a, attempt.logits(a, rows), rows)
@@ -146,7 +146,7 @@ def ddn(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 40, step: float 
             logits, value, g = attempt.gradient(loss, a, rows)
             won, g = attempt.submit(a, logits, rows), threat.inward(g, a)
             if k == 0:
-                radius = (goal(attempt, logits) - value) / dual_length(g, 2)
+                radius = (attempt.needed(logits, AIM) - value) / dual_length(g, 2)
             radius = torch.where(won, radius * (1 - gamma), radius * (1 + gamma))
             moved = a - start + step * _cosine(1, 0.01, k, steps) * threat.steepest(g, 2)
             a = (start + moved * like(radius / moved.flatten(1).norm(dim=1).clamp_min(1e-12), moved)).clamp(0, 1)

@@ -9,6 +9,8 @@ from advcourse import losses, threat
 from advcourse.attacks.attempt import ROUNDING, AttackResult, Attempt
 from advcourse.attacks.iterative import check_count, like
 
+AIM = 1.5 * ROUNDING  # who aims at the lead that counts lands on a tie, and rounding decides: aim a little further
+
 
 def deepfool(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, steps: int = 50, candidates: int = 9, overshoot: float = 0.02,
              refine: int = 3, confidence: float = 0.0, generator=None) -> AttackResult:
@@ -34,7 +36,7 @@ def deepfool(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, steps: int = 50,
         won = attempt.submit(a, logits, rows)
         rows, a, rivals, leads, w = rows[~won], a[~won], rivals[~won], leads[~won], w[:, ~won]
         extra = extra[~won] if k else -overshoot * leads.amax(1)
-        gap = (goal(attempt, logits[~won]) + extra)[:, None] - leads
+        gap = (attempt.needed(logits[~won], AIM) + extra)[:, None] - leads
         away = gap / dual_lengths(w, a, norm)
         if k == 0:
             nearest = away.topk(min(3, away.shape[1]), 1, largest=False).indices
@@ -66,53 +68,58 @@ def dual_lengths(w: Tensor, a: Tensor, norm) -> Tensor:
     return torch.stack([dual_length(threat.inward(g, a), norm) for g in w], 1)
 
 
-def goal(attempt: Attempt, logits: Tensor) -> Tensor:
-    """The lead to aim for, [m]: the confidence asked for and a bit more than what `Attempt.wins` takes for rounding.
-
-    Who aims at a lead of zero lands on a tie, and rounding decides whether it counts.
-    """
-    low, high = logits.aminmax(dim=1)
-    return attempt.confidence + 1.25 * ROUNDING * torch.finfo(logits.dtype).eps * (high - low)
-
-
 def pull_back(attempt: Attempt, rounds: int, halvings: int = 4) -> None:
     """Bring the best points nearer to x: linearise the boundary where it was crossed and aim at it again, from x.
 
     The nearest point `near` beyond the linearised boundary is closer to x, but may not be adversarial; bisection between
     it and the best point then finds one that is. Norm 0 bisects the number of pixels instead. Only re-checked, nearer
-    points replace a best one, so no result gets worse.
+    points replace a best one, so no result gets worse. An image leaves when a round brought it no nearer, or less than
+    0.1 % and onto the boundary: the next round would end where this one did.
     """
+    rows = ((attempt.distance > 0) & (attempt.distance < inf)).nonzero()[:, 0]
     for _ in range(rounds):
-        rows = ((attempt.distance > 0) & (attempt.distance < inf)).nonzero()[:, 0]
         if not len(rows):
             return
-        x, best = attempt.x[rows], attempt.best[rows]
+        x, best, before = attempt.x[rows], attempt.best[rows], attempt.distance[rows]
         logits, value, w = attempt.gradient(losses.margin_loss, best, rows)
-        gap = goal(attempt, logits) - value + (w * (best - x)).flatten(1).sum(1)
-        near = threat.nearest_beyond(w, gap, x, attempt.norm)
+        gap = attempt.needed(logits, AIM) - value + (w * (best - x)).flatten(1).sum(1)
+        enough = before
         if attempt.norm == 0:
-            _fewer(attempt, rows, w, threat.distance(near, x, 0) - 1, halvings)
-            continue
-        lost = ~attempt.submit(near, attempt.logits(near, rows), rows)
-        rows, near, best = rows[lost], near[lost], best[lost]
-        low, high = torch.zeros_like(gap[lost]), torch.ones_like(gap[lost])  # shares of the way from `near` to `best`
-        for _ in range(halvings if len(rows) else 0):
-            middle = (low + high) / 2
-            a = torch.lerp(near, best, like(middle, best))
-            won = attempt.submit(a, attempt.logits(a, rows), rows)
-            low, high = torch.where(won, low, middle), torch.where(won, middle, high)
+            _fewer(attempt, rows, w, gap, halvings)
+        else:
+            near = threat.nearest_beyond(w, gap, x, attempt.norm)
+            won = attempt.submit(near, attempt.logits(near, rows), rows)
+            _between(attempt, rows[~won], near[~won], best[~won], halvings)
+            enough = torch.where(won, 0.999 * before, before)
+        rows = rows[attempt.distance[rows] < enough]
 
 
-def _fewer(attempt: Attempt, rows: Tensor, w: Tensor, low: Tensor, halvings: int) -> None:
-    """Bisect the number of pixels between `low`, too few, and the best point's: those that gain most, to the end of the box."""
-    high = attempt.distance[rows]
+def _between(attempt: Attempt, rows: Tensor, near: Tensor, best: Tensor, halvings: int) -> None:
+    """Bisect the way from `near`, which is not adversarial, to `best`, which is."""
+    low, high = torch.zeros_like(attempt.distance[rows]), torch.ones_like(attempt.distance[rows])
+    for _ in range(halvings if len(rows) else 0):
+        middle = (low + high) / 2
+        a = torch.lerp(near, best, like(middle, best))
+        won = attempt.submit(a, attempt.logits(a, rows), rows)
+        low, high = torch.where(won, low, middle), torch.where(won, middle, high)
+
+
+def _fewer(attempt: Attempt, rows: Tensor, w: Tensor, gap: Tensor, halvings: int) -> None:
+    """Bisect the number of values changed, between too few for the linearised gap and the best point's number.
+
+    Those that gain most go first, each to the end of the box.
+    """
+    high, x, corner = attempt.distance[rows], attempt.x[rows].flatten(1), (attempt.x[rows] + w.sign()).clamp(0, 1).flatten(1)
+    gain, order = (w.flatten(1) * (corner - x)).topk(int(high.max()), 1)
+    low, ends = (gain.cumsum(1) < gap[:, None]).sum(1).to(high), corner.gather(1, order)
     for _ in range(halvings):
-        open_ = high - low > 1
-        rows, w, low, high = rows[open_], w[open_], low[open_], high[open_]
+        going = high - low > 1
+        rows, x, order, ends, low, high = (v[going] for v in (rows, x, order, ends, low, high))
         if not len(rows):
             return
         middle = ((low + high) / 2).floor()
-        a = threat.linear_maximiser(w, attempt.x[rows], middle, 0)
+        first = torch.arange(order.shape[1], device=x.device) < middle[:, None]
+        a = x.scatter(1, order, torch.where(first, ends, x.gather(1, order))).reshape(-1, *attempt.x.shape[1:])
         won = attempt.submit(a, attempt.logits(a, rows), rows)
         low, high = torch.where(won, low, middle), torch.where(won, middle, high)
 

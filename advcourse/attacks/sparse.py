@@ -1,5 +1,5 @@
 """Few pixels, changed a lot: the Jacobian saliency map attack and the one-pixel attack by differential evolution."""
-from math import inf
+from math import inf, isfinite
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,14 @@ def _slopes(attempt: Attempt, a: Tensor, rows: Tensor, t: Tensor) -> tuple[Tenso
         s = attempt.model(at)
         own, = torch.autograd.grad(s.gather(1, t[:, None]).sum(), at, retain_graph=True)
         every, = torch.autograd.grad(s.sum(), at)
-    own, others = (torch.nan_to_num(g.flatten(1), nan=0.0, posinf=0.0, neginf=0.0) for g in (own, every - own))
+    own, others = own.flatten(1), (every - own).flatten(1)
+    if not isfinite(own.sum() + others.sum()):
+        own, others = (torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) for g in (own, others))
     return s.detach(), own, others
 
 
 def saliency_pair(own: Tensor, others: Tensor, a: Tensor, free: Tensor | None = None,
-                  candidates: int = 24) -> tuple[Tensor, Tensor]:
+                  candidates: int = 8) -> tuple[Tensor, Tensor]:
     """The pair of pixels of largest saliency and where each goes, 0 or 1: indices [m, 2], values [m, 2].
 
     `own` and `others` [m, p] are the slopes of the target's logit and of the sum of the others at a [m, p]. A pixel's gain is
@@ -33,21 +35,20 @@ def saliency_pair(own: Tensor, others: Tensor, a: Tensor, free: Tensor | None = 
     little about the one that is ahead. Pairs are searched among the `candidates` pixels, `free` [m, p] ones only, of
     largest gain.
     """
-    up = own > 0  # the direction in which this pixel helps
-    room = torch.where(up, 1 - a, -a)
-    worth = own * room
+    end = (own > 0).to(a.dtype)  # where this pixel helps
+    worth = own * (end - a)
     if free is not None:
         worth = worth.masked_fill(~free, -inf)
     k = min(candidates, a.shape[1])
-    top = worth.topk(k, 1).indices
-    gain, fall = (own * room).gather(1, top), (others * room).gather(1, top)
-    gain, fall, total = (v[:, :, None] + v[:, None, :] for v in (gain, fall, worth.gather(1, top)))
-    barred = torch.eye(k, dtype=torch.bool, device=a.device) | (total == -inf)
-    score = torch.where((gain > 0) & (fall < 0), -gain * fall, -inf).masked_fill(barred, -inf).flatten(1)
-    fallback = total.masked_fill(barred, -inf).flatten(1)
-    best = torch.where(score.amax(1) > -inf, score.argmax(1), fallback.argmax(1))
-    pair = top.gather(1, torch.stack([best // k, best % k], 1))
-    return pair, up.gather(1, pair).to(a.dtype)
+    gain, top = worth.topk(k, 1)
+    fall = others.gather(1, top) * (end - a).gather(1, top)
+    gain, fall = (v[:, :, None] + v[:, None, :] for v in (gain, fall))  # of every pair
+    fit = (gain > 0) & (fall < 0)
+    fit.diagonal(dim1=1, dim2=2).zero_()
+    score, best = torch.where(fit, -gain * fall, -inf).flatten(1).max(1)
+    first, second = torch.where(score > -inf, best // k, 0), torch.where(score > -inf, best % k, 1)  # else the largest gains
+    pair = top.gather(1, torch.stack([first, second], 1))
+    return pair, end.gather(1, pair)
 
 
 def jsma(model: nn.Module, x: Tensor, y: Tensor, *, eps=inf, norm=0, target: Tensor | None = None, steps: int = 100,
@@ -64,18 +65,17 @@ def jsma(model: nn.Module, x: Tensor, y: Tensor, *, eps=inf, norm=0, target: Ten
     attempt = Attempt(model, x, y, norm=0, eps=eps, target=target, confidence=confidence, generator=generator)
     rows = attempt.open
     goal = attempt.clean.scatter(1, y[:, None], -inf).argmax(1) if target is None else target
-    a = attempt.x[rows]
-    for _ in range(steps):
+    a, free = attempt.x[rows], torch.ones_like(attempt.x[rows].flatten(1), dtype=torch.bool)
+    for k in range(steps):
         if not len(rows):
             break
         logits, own, others = _slopes(attempt, a, rows, goal[rows])
-        free = (a == attempt.x[rows]).flatten(1)
-        changed = (~free).sum(1)
-        going = ~attempt.submit(a, logits, rows) & (changed + 2 <= attempt.eps[rows].clamp_max(a[0].numel()))
-        rows, a = rows[going], a[going]
+        won = attempt.submit(a, logits, rows)
+        going = (~won & (2 * k + 2 <= attempt.eps[rows].clamp_max(free.shape[1]))).nonzero()[:, 0]
+        rows, a, free, own, others = (v[going] for v in (rows, a, free, own, others))
         if len(rows):
-            pair, value = saliency_pair(own[going], others[going], a.flatten(1), free[going])
-            a = a.flatten(1).scatter(1, pair, value).reshape(a.shape)
+            pair, value = saliency_pair(own, others, a.flatten(1), free)
+            a, free = a.flatten(1).scatter(1, pair, value).reshape(a.shape), free.scatter(1, pair, False)
     if len(rows):
         attempt.submit(a, attempt.logits(a, rows), rows)
     pull_back(attempt, refine)
