@@ -10,6 +10,7 @@ from advcourse.attacks.attempt import AttackResult, Attempt
 from advcourse.losses import margin_loss
 
 PASS = 512  # images a forward pass: more at once are slower, they leave the processor's cache
+PLAN, REFILLS = 64, 3  # Square: proposals planned together; rounds of lengthening and cutting in norm 2
 BOUNDARY, CENTRE, STEPS = 12, 8, 6  # HopSkipJump's questions a round, beside the directions
 
 
@@ -27,71 +28,142 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, eps, norm=inf, queries: in
            target: Tensor | None = None, confidence: float = 0.0, generator: torch.Generator | None = None) -> AttackResult:
     """Square attack: repaint a random square, keep it if the margin falls (andriushchenko2020square), norms inf and 2.
 
-    Black box: `queries` evaluations of the logits beside the look at x, no gradient. `share` is the first square's share of
-    the image; it halves eight times over the budget, later than in the paper, which on digits breaks more. Norm inf
-    paints +-eps; norm 2 empties one window and spends its length in another, and, unlike the paper, refills what the box
-    cuts off. Fixed radius: a success has distance <= eps. Errors as for `fgsm`; ValueError for other norms or a negative
-    number of queries.
+    Black box: at most `queries` evaluations of the logits beside the look at x, no gradient; four proposals share a forward
+    pass, and the best of them counts. `share` is the first square's share of the image; it halves nine times over the
+    budget, later than in the paper, which on digits breaks more. Norm inf paints +-eps; norm 2 empties one window and
+    spends its length in another. Also unlike the paper, small squares get the colour their corner has not, and norm 2
+    refills what the box cuts off. Fixed radius: a success has distance <= eps. Errors as for `fgsm`; ValueError for other
+    norms or a negative number of queries.
     """
     if norm not in (inf, 2):
         raise ValueError(f"norm={norm!r}: square knows norms inf and 2")
     _check_queries(queries)
     attempt = Attempt(model, x, y, norm=norm, eps=eps, target=target, confidence=confidence, generator=generator)
-    rows, x = attempt.open, attempt.x
-    guess = _stripes(attempt.seeds[rows], _as_planes(x[rows]))
-    highest = torch.full((len(rows),), -inf, dtype=x.dtype, device=x.device)
-    for k in range(queries):
-        if not len(rows):
-            break
-        area = share * 0.5 ** (8 * (k / queries) ** 0.7)
-        proposal = _repaint(guess, attempt.seeds[rows], area, k, norm) if k else guess
-        a = threat.linear_maximiser(proposal.reshape(-1, *x.shape[1:]), x[rows], attempt.eps[rows], norm)
-        logits = attempt.logits(a, rows)
-        won = attempt.submit(a, logits, rows)
-        value = margin_loss(logits, attempt.label(rows)) * (1 if target is None else -1)
-        keep = value > highest  # never for NaN
-        guess, highest = torch.where(_column(keep, guess), proposal, guess), torch.where(keep, value, highest)
-        rows, guess, highest = rows[~won], guess[~won], highest[~won]
+    seeds, rows = attempt.seeds, attempt.open
+    x, radius, label = attempt.x[rows], attempt.eps[rows], attempt.label(rows)
+    guess = _stripes(seeds[rows], _as_planes(x))
+    highest, repaint = torch.full_like(radius, -inf), _recolour if norm == inf else _move_length
+    halvings, group = (9, 4) if norm == inf else (7, 2)
+    k, plan = 0, [guess]
+    while k < queries and len(rows):
+        j = k % PLAN
+        if j == 0:
+            areas = share * 0.5 ** (halvings * (torch.arange(k, k + PLAN, device=x.device) / queries) ** 0.7)
+            plan = _plan(seeds[rows], areas, k // PLAN + 1, guess, norm)
+        q = min(group, PLAN - j, queries - k) if k else 1
+        proposals = repaint(guess, *(v[:, j:j + q] for v in plan)) if k else guess[:, None]
+        logits, won = _ask(attempt, _render(proposals, x, radius, norm), rows)
+        value = margin_loss(logits, label.repeat_interleave(q)).reshape(-1, q) * (1 if target is None else -1)
+        value, i = value.masked_fill(value.isnan(), -inf).max(1)
+        keep = value > highest
+        guess = torch.lerp(guess, _pick(proposals, i), _column(keep.to(guess.dtype), guess))
+        highest = torch.where(keep, value, highest)
+        if bool(won.any()):
+            on = ~won.any(1)
+            rows, x, radius, label, guess, highest, *plan = (v[on] for v in (rows, x, radius, label, guess, highest, *plan))
+        k += q
     return attempt.result()
+
+
+def _ask(attempt: Attempt, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [m * q, classes] of the points [m, q, *shape], and which are adversarial, [m, q]; the nearest of those are kept."""
+    m, q = points.shape[:2]
+    flat, each = points.flatten(0, 1), rows.repeat_interleave(q)
+    logits = torch.cat([attempt.logits(*part) for part in zip(flat.split(PASS), each.split(PASS), strict=True)])
+    won = attempt.wins(logits, each).reshape(m, q)
+    if bool(won.any()):
+        d = (points - attempt.x[rows][:, None]).flatten(2).norm(p=attempt.norm, dim=2).masked_fill_(~won, inf)
+        nearest, i = d.min(1)
+        found = (nearest < attempt.distance[rows]).nonzero()[:, 0]
+        i = found * q + i[found]
+        attempt.submit(flat[i], logits[i], each[i])
+    return logits, won
+
+
+def _pick(points: Tensor, i: Tensor) -> Tensor:
+    """Of each image's points [m, q, *shape] the one with index i [m]."""
+    return points[torch.arange(len(i), device=i.device), i]
 
 
 def _as_planes(x: Tensor) -> Tensor:
     """[n, *shape] -> [n, channels, h, w]: an image keeps its rows and columns, anything else is one long row."""
-    return x if x.dim() == 4 else x.reshape(len(x), 1, 1, -1)
+    return x if x.dim() == 4 else x.reshape(len(x), 1, 1, x.shape[1:].numel())
+
+
+def _signs(u: Tensor) -> Tensor:
+    """Uniform numbers to +-1, at even odds."""
+    return (u < 0.5).to(u.dtype) * 2 - 1
 
 
 def _stripes(seeds: Tensor, x: Tensor) -> Tensor:
     """The first guess, the shape of x: columns of +-1."""
-    sign = (noise.uniform(seeds, x.shape[1] * x.shape[3], dtype=x.dtype) < 0.5).to(x.dtype) * 2 - 1
+    sign = _signs(noise.uniform(seeds, x.shape[1] * x.shape[3], dtype=x.dtype))
     return sign.reshape(len(x), x.shape[1], 1, x.shape[3]).expand_as(x)
 
 
-def _window(corner: Tensor, side: int, h: int, w: int) -> Tensor:
-    """Masks [m, 1, h, w] of side x side windows whose corners are drawn by the uniform numbers [m, 2]."""
-    tall, wide = min(side, h), min(side, w)
-    top, left = (corner[:, :1] * (h - tall + 1)).long(), (corner[:, 1:] * (w - wide + 1)).long()
-    r, c = torch.arange(h, device=corner.device), torch.arange(w, device=corner.device)
-    inside_r, inside_c = (r >= top) & (r < top + tall), (c >= left) & (c < left + wide)
-    return (inside_r[:, :, None] & inside_c[:, None, :])[:, None]
+def _plan(seeds: Tensor, areas: Tensor, number: int, guess: Tensor, norm) -> list[Tensor]:
+    """What the `number`-th K = len(areas) steps will paint, tensors [m, K, ...] that depend on the image's seed alone.
 
-
-def _repaint(guess: Tensor, seeds: Tensor, area: float, k: int, norm) -> Tensor:
-    """The guess [m, channels, h, w] with a random window in new colours, one sign a channel."""
-    channels, h, w = guess.shape[1:]
-    side = max(1, round((area * h * w) ** 0.5 if h > 1 else area * w))
-    u = noise.uniform(seeds, 4 + channels, step=k, dtype=guess.dtype)
-    here, sign = _window(u[:, :2], side, h, w), _column(u[:, 4:].flatten() < 0.5, guess.flatten(0, 1)[:, None, :])
-    sign = (sign.to(guess.dtype) * 2 - 1).reshape(-1, channels, 1, 1)
+    Per window: 1 where its rows are, [h], 0 elsewhere; the same for its columns, [w]. Norm inf has one window, and its corner
+    as a position in h * w; norm 2 has two. Then a sign a channel, which norm inf leaves 0 where the window is small.
+    """
+    m, channels, h, w = guess.shape
+    sides = ((areas * h * w).sqrt() if h > 1 else areas * w).round().clamp_min(1)
+    u = noise.uniform(seeds, len(areas) * (4 + channels), step=number, dtype=guess.dtype).reshape(m, len(areas), -1)
+    spans = []
+    for draw, size in zip(u[..., :4].unbind(2), (h, w, h, w), strict=True):
+        lengths = sides.clamp_max(size).to(guess)
+        first = (draw * (size - lengths + 1)).floor()[..., None]
+        at = torch.arange(size, device=guess.device)
+        spans.append((first, ((at >= first) & (at < first + lengths[:, None])).to(guess.dtype)))
+    (top, rows), (left, columns), (_, more_rows), (_, more_columns) = spans
+    sign = _signs(u[..., 4:])
     if norm == inf:
-        return torch.where(here, sign, guess)
-    touched = here | _window(u[:, 2:4], side, h, w)  # both windows are emptied, one is filled with their length
-    length = (guess * touched).flatten(1).norm(dim=1)
-    mixed = _unit(guess * here) + _unit(here * sign)
-    return torch.where(touched, 0, guess) + _column(length, guess) * _unit(mixed)
+        return [rows, columns, (top * w + left).long()[..., 0], sign * (sides > 2).to(sign)[:, None]]
+    return [rows, columns, more_rows, more_columns, sign]
 
 
-def _unit(v: Tensor) -> Tensor:
-    return v / _column(v.flatten(1).norm(dim=1).clamp_min(1e-12), v)
+def _outer(rows: Tensor, columns: Tensor) -> Tensor:
+    """[m, q, h], [m, q, w] -> the windows [m, q, 1, h, w]: 1 where both are."""
+    return rows[:, :, None, :, None] * columns[:, :, None, None, :]
+
+
+def _recolour(guess: Tensor, rows: Tensor, columns: Tensor, corner: Tensor, sign: Tensor) -> Tensor:
+    """The guess [m, channels, h, w] of +-1 with each window in one sign a channel; 0 stands for the one its corner has not."""
+    old = guess.flatten(2).gather(2, corner[:, None].expand(-1, guess.shape[1], -1)).transpose(1, 2)
+    colour = torch.where(sign == 0, -old, sign)
+    return torch.lerp(guess[:, None], colour[..., None, None], _outer(rows, columns))
+
+
+def _move_length(guess: Tensor, rows: Tensor, columns: Tensor, more_rows: Tensor, more_columns: Tensor, sign: Tensor) -> Tensor:
+    """The guess with both windows emptied and their length in the first: half its old pattern, half one sign a channel."""
+    here, there, guess = _outer(rows, columns), _outer(more_rows, more_columns), guess[:, None]
+    kept = guess * (1 - torch.maximum(here, there))
+    length = (_length2(guess) - _length2(kept)).clamp_min(0).sqrt()
+    old, new = guess * here, here * sign[..., None, None]
+    mixed = old / _length2(old).sqrt().clamp_min(1e-12) + new / _length2(new).sqrt()
+    return torch.addcmul(kept, mixed, length / _length2(mixed).sqrt().clamp_min(1e-12))
+
+
+def _length2(v: Tensor) -> Tensor:
+    return v.square().sum((2, 3, 4), keepdim=True)
+
+
+def _render(guess: Tensor, x: Tensor, radius: Tensor, norm) -> Tensor:
+    """The images the guesses [m, q, channels, h, w] stand for, in ball and box: x moved by +-radius, or far along the guess.
+
+    In norm 2 the change is lengthened to the radius and cut by the box, again and again: a cut value stays cut and no round
+    leaves the ball, so the length rises to what `threat.linear_maximiser` would reach.
+    """
+    change, flat, radius = guess.flatten(2), x.flatten(1)[:, None], radius[:, None, None]
+    if norm == inf:
+        a = torch.addcmul(flat, change, radius).clamp_(0, 1)
+    else:
+        for _ in range(REFILLS):
+            longer = radius / change.norm(dim=2, keepdim=True).clamp_min(1e-12)
+            change = torch.addcmul(flat, change, longer).clamp_(0, 1).sub_(flat)
+        a = (flat + change).clamp_(0, 1)
+    return a.reshape(*guess.shape[:2], *x.shape[1:])
 
 
 def hop_skip_jump(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, eps=inf, queries: int = 2000, start: Tensor | None = None,
@@ -139,22 +211,11 @@ class _Walk:
 
     def ask(self, points: Tensor) -> Tensor:
         """Which of the points [m, q, *shape] are adversarial, [m, q] bool; the nearest are kept. _OutOfQueries when too many."""
-        m, q = points.shape[:2]
+        q = points.shape[1]
         if q > self.left:
             raise _OutOfQueries
         self.left -= q
-        flat, rows = points.flatten(0, 1), self.rows.repeat_interleave(q)
-        parts = zip(flat.split(PASS), rows.split(PASS), strict=True)
-        logits = torch.cat([self.attempt.logits(*part) for part in parts])
-        won = self.attempt.wins(logits, rows).reshape(m, q)
-        if bool(won.any()):
-            d = (points - self.x[:, None]).flatten(2).norm(p=self.attempt.norm, dim=2).masked_fill_(~won, inf)
-            nearest, i = d.min(1)
-            found = (nearest < self.attempt.distance[self.rows]).nonzero()[:, 0]
-            if len(found):
-                i = found * q + i[found]
-                self.attempt.submit(flat[i], logits[i], rows[i])
-        return won
+        return _ask(self.attempt, points, self.rows)[1]
 
     def bisect(self, path: Callable[[Tensor], Tensor], low: float, high: float, halvings: int) -> tuple[Tensor, Tensor]:
         """Bounds [m], [m] of the share at which path(share [m]), right at low and adversarial at high, changes sides."""
@@ -184,7 +245,7 @@ class _Walk:
         won = self.ask(starts)
         some = won.any(1)
         self.rows, self.x, self.seeds = self.rows[some], self.x[some], self.seeds[some]
-        return self.to_boundary(_first(starts[some], won[some]))
+        return self.x if not len(self.x) else self.to_boundary(_pick(starts[some], won[some].byte().argmax(1)))
 
     def normal(self, a: Tensor, count: int, k: int) -> Tensor:
         """The boundary's normal near a, up to length: directions that are adversarial less those that are not, [m, *shape].
@@ -202,7 +263,7 @@ class _Walk:
         low, high = self.bisect(path, 1 - 1 / p, 1 + 6 / p, CENTRE)
         centre = path((low + high) / 2)
         rows = _hadamard(count, p).to(a)
-        signs = (noise.uniform(self.seeds, p, step=k, dtype=a.dtype) - 0.5).sign() * radius[:, None]
+        signs = _signs(noise.uniform(self.seeds, p, step=k, dtype=a.dtype)) * radius[:, None]
         points = torch.addcmul(centre.flatten(1)[:, None], rows, signs[:, None]).clamp_(0, 1)
         vote = self.ask(points.reshape(len(a), count, *a.shape[1:])).to(a) * 2 - 1
         mean = vote.mean(1, keepdim=True)
@@ -214,7 +275,7 @@ class _Walk:
         lengths = longest[:, None] * 0.5 ** torch.arange(STEPS, device=a.device)
         points = (a[:, None] + lengths.reshape(*lengths.shape, *[1] * (a.dim() - 1)) * direction[:, None]).clamp(0, 1)
         won = self.ask(points)
-        return torch.where(_column(won.any(1), a), _first(points, won), a)
+        return torch.where(_column(won.any(1), a), _pick(points, won.byte().argmax(1)), a)
 
     def run(self, start: Tensor | None, first: int) -> None:
         """Boundary, normal, step, and again until the queries are spent."""
@@ -228,11 +289,6 @@ class _Walk:
                 a = self.to_boundary(self.step(a, direction, length))
         except _OutOfQueries:
             pass
-
-
-def _first(points: Tensor, won: Tensor) -> Tensor:
-    """For each image the first of its points [m, q, *shape] that won, [m, *shape]."""
-    return points[torch.arange(len(won), device=won.device), won.byte().argmax(1)]
 
 
 def _hadamard(count: int, p: int) -> Tensor:
