@@ -4,7 +4,7 @@
 #   make execute         re-run every notebook
 #   make serve           the site on http://127.0.0.1:8000 (another port: make serve PORT=9000)
 #   make lab             JupyterLab on the notebooks (its options: make lab ARGS="--no-browser")
-#   make bench           exact verification, and our attacks against exact distances (3 minutes)
+#   make bench           exact verification, and our attacks against exact distances (two minutes)
 #   make bench-attacks   our attacks against six other libraries, in an environment of their own (15 minutes;
 #                        a trial run: make bench-attacks ARGS="--images 5 --store trial.json")
 #   make clean           remove what was built (not .venv)

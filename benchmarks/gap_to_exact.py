@@ -132,9 +132,9 @@ def report() -> str:
     store = json.loads(STORE.read_text()) if STORE.exists() else {}
     return f"""Network `mnist-mlp50-standard`, correctly classified test digits from index {FIRST} on, written by
 `python benchmarks/gap_to_exact.py`. Exact search proves `lower <= d*` for each image and settles it where both sides of the
-bracket meet within {GAP:.1%} (ℓ0: where they are equal), so that an exact attack shows a ratio of {1 / (1 - GAP):.3f} (ℓ0: 1). Where it
-runs out of time, the lower bound is lower than it need be and the ratio larger. "Best attack": on each image, the nearest of
-those named; an attack below the lower bound would be an error, and ends the run.
+bracket meet within {GAP:.1%} (ℓ0: where they are equal), so that an exact attack shows a ratio of {1 / (1 - GAP):.3f}
+(ℓ0: 1). Where it runs out of time, the lower bound is lower than it need be and the ratio larger. "Best attack": on each image,
+the nearest of those named; an attack below the lower bound would be an error, and ends the run.
 
 {table(store)}"""
 
