@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from advcourse import threat
-from advcourse.attacks import hop_skip_jump, square
+from advcourse.attacks import hop_skip_jump, query, square
+from advcourse.attacks.attempt import Attempt
 from advcourse.losses import margin
 
 
@@ -146,6 +147,83 @@ def test_hop_skip_jump_one_image_without_a_start_does_not_stop_the_others():
     y = torch.tensor([0, 1])
     r = hop_skip_jump(Stubborn(), x, y, queries=200, start=torch.tensor([[0.1] * 4, [0.3, 0.9, 0.9, 0.9]]).double())
     assert r.success.tolist() == [False, True]
+
+
+def test_square_plans_windows_of_the_right_size_inside_the_image():
+    guess, areas = torch.ones(5, 2, 6, 9), torch.tensor([1.0, 0.5, 4 / 54, 0.001])
+    for norm in (inf, 2):
+        plan = query._plan(torch.arange(5), areas, 1, guess, norm)
+        for rows, columns in zip(plan[:-1:2], plan[1:-1:2], strict=False):
+            for inside, sides in ((rows, [6, 5, 2, 1]), (columns, [7, 5, 2, 1])):
+                assert torch.equal(inside.sum(2), torch.tensor(sides).expand(5, 4).float())
+                assert (inside.diff(dim=2).abs().sum(2) <= 2).all()  # in one piece
+        assert plan[-1].shape == (5, 4, 2) and (norm == 2 or (plan[-1] == 0).all((0, 2)).tolist() == [False, False, True, True])
+
+
+def test_square_small_windows_always_change_something():
+    guess = torch.where(torch.rand(50, 1, 6, 6, generator=seeded()) < 0.5, -1.0, 1.0)
+    plan = query._plan(torch.arange(50), torch.full((8,), 0.01), 1, guess, inf)
+    changed = query._recolour(guess, *plan) != guess[:, None]
+    assert (changed.flatten(2).sum(2) == 1).all()  # one pixel each, never none
+
+
+@pytest.mark.parametrize("norm", [inf, 2])
+@pytest.mark.parametrize("rounds, share", [(query.REFILLS, 0.85), (100, 1 - 1e-9)])
+def test_square_images_are_in_box_and_ball_and_fill_it(norm, rounds, share, monkeypatch):
+    """The rounds of lengthening and cutting end at the exact way along the guess, come close to it soon, and never past it."""
+    monkeypatch.setattr(query, "REFILLS", rounds)
+    x = images(20, edge=True)
+    guess, radius = torch.randn(20, 3, 1, 6, 6, generator=seeded()).double(), torch.linspace(0.01, 2, 20).double()
+    guess = guess.sign() if norm == inf else guess
+    a = query._render(guess, x, radius, norm)
+    for q in range(3):
+        exact = threat.linear_maximiser(guess[:, q], x, radius, norm)
+        d, most = threat.distance(a[:, q], x, norm), threat.distance(exact, x, norm)
+        assert (d <= radius * (1 + 1e-12)).all() and (d >= share * most).all() and (d <= most * (1 + 1e-9)).all()
+        assert a.min() >= 0 and a.max() <= 1
+        assert rounds < 100 or torch.allclose(a[:, q], exact, atol=1e-6)
+
+
+@pytest.mark.parametrize("attack, options", [(square, {"eps": 0.1}), (square, {"eps": 0.5, "norm": 2}), (hop_skip_jump, {})])
+def test_images_that_are_not_pictures_and_nothing_left_to_attack(attack, options):
+    model, x, y, _, _ = problem(n=4)
+    r = attack(model, x.flatten(1), 1 - y, queries=20, **options)
+    assert r.success.all() and (r.distance == 0).all() and (r.queries == 1).all()
+
+
+def test_hadamard_rows_are_orthogonal():
+    h = query._hadamard(20, 64)
+    assert torch.equal(h.abs(), torch.ones(20, 64)) and torch.equal(h @ h.T, 64 * torch.eye(20))
+
+
+@pytest.mark.parametrize("edge", [False, True])
+def test_hop_skip_jump_estimates_the_normal_as_well_as_orthogonal_questions_can(edge):
+    """p orthogonal yes/no questions to a linear model in p dimensions: E cos = sqrt(2/pi) = 0.80 if half the answers are yes.
+
+    Independent directions would reach 0.62, and images at the edge of the box less, were they not given room.
+    """
+    torch.manual_seed(0)
+    model, x = linear(64), images(30, (1, 8, 8), edge=edge)
+    y = model(x).argmax(1)
+    attempt = Attempt(model, x, y, norm=2)
+    walk = query._Walk(attempt, attempt.open, attempt.seeds, 10**6)
+    w = (model[1].weight[1 - y] - model[1].weight[y]).detach()
+    far = threat.linear_maximiser(w.reshape(walk.x.shape), walk.x, 3.0, 2)
+    a = walk.to_boundary(walk.to_boundary(far))
+    assert torch.cosine_similarity(walk.normal(a, 64, 1).flatten(1), w).mean() > 0.77
+
+
+@pytest.mark.parametrize("attack, options", [(square, {"eps": 0.02}), (hop_skip_jump, {"first": 20})])
+def test_large_images_and_small_passes_change_nothing(attack, options, monkeypatch):
+    """More images than go in step, more points than share a forward pass: each image fares as it does alone."""
+    model, x = linear(4096), images(6, (1, 64, 64))
+    y = model(x).argmax(1)
+    together, g = attack(model, x, y, queries=150, generator=seeded(), **options), seeded()
+    monkeypatch.setattr(query, "PASS", 7)
+    for i in range(6):
+        alone = attack(model, x[i:i + 1], y[i:i + 1], queries=150, generator=g, **options)
+        assert torch.allclose(together.adversarial[i], alone.adversarial[0], atol=1e-9)
+        assert together.queries[i] == alone.queries[0]
 
 
 @pytest.mark.parametrize("attack, options, message", [

@@ -72,8 +72,9 @@ def _ask(attempt: Attempt, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor
     logits = torch.cat([attempt.logits(*part) for part in zip(flat.split(PASS), each.split(PASS), strict=True)])
     won = attempt.wins(logits, each).reshape(m, q)
     if bool(won.any()):
-        d = (points - attempt.x[rows][:, None]).flatten(2).norm(p=attempt.norm, dim=2).masked_fill_(~won, inf)
-        nearest, i = d.min(1)
+        d = (points - attempt.x[rows][:, None]).flatten(2)
+        d = d.norm(dim=2) if attempt.norm == 2 else d.abs().amax(2)
+        nearest, i = d.masked_fill(~won, inf).min(1)
         found = (nearest < attempt.distance[rows]).nonzero()[:, 0]
         i = found * q + i[found]
         attempt.submit(flat[i], logits[i], each[i])
@@ -109,18 +110,18 @@ def _plan(seeds: Tensor, areas: Tensor, number: int, guess: Tensor, norm) -> lis
     """
     m, channels, h, w = guess.shape
     sides = ((areas * h * w).sqrt() if h > 1 else areas * w).round().clamp_min(1)
-    u = noise.uniform(seeds, len(areas) * (4 + channels), step=number, dtype=guess.dtype).reshape(m, len(areas), -1)
-    spans = []
-    for draw, size in zip(u[..., :4].unbind(2), (h, w, h, w), strict=True):
-        lengths = sides.clamp_max(size).to(guess)
+    sizes = (h, w) if norm == inf else (h, w, h, w)
+    u = noise.uniform(seeds, len(areas) * (len(sizes) + channels), step=number, dtype=guess.dtype).reshape(m, len(areas), -1)
+    corners, spans = [], []
+    for size, draw in zip(sizes, u.unbind(2), strict=False):
+        lengths, at = sides.clamp_max(size).to(guess), torch.arange(size, device=guess.device)
         first = (draw * (size - lengths + 1)).floor()[..., None]
-        at = torch.arange(size, device=guess.device)
-        spans.append((first, ((at >= first) & (at < first + lengths[:, None])).to(guess.dtype)))
-    (top, rows), (left, columns), (_, more_rows), (_, more_columns) = spans
-    sign = _signs(u[..., 4:])
+        corners.append(first[..., 0])
+        spans.append(((at >= first) & (at < first + lengths[:, None])).to(guess.dtype))
+    sign = _signs(u[..., len(sizes):])
     if norm == inf:
-        return [rows, columns, (top * w + left).long()[..., 0], sign * (sides > 2).to(sign)[:, None]]
-    return [rows, columns, more_rows, more_columns, sign]
+        return [*spans, (corners[0] * w + corners[1]).long(), sign * (sides > 2).to(sign)[:, None]]
+    return [*spans, sign]
 
 
 def _outer(rows: Tensor, columns: Tensor) -> Tensor:
