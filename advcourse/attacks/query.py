@@ -172,7 +172,7 @@ def hop_skip_jump(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, eps=inf, qu
     """HopSkipJump: the boundary's normal is estimated from yes/no answers (chen2020hopskipjumpattack), norms 2 and inf.
 
     Black box, decision only: at most `queries` evaluations an image beside the look at x. Starts at `start`, images that
-    are adversarial (needed when there is a target), or at the first of 50 random images that is; an image for which none is
+    are adversarial (needed when there is a target), or at the first of up to 50 random images that is; an image for which none is
     found fails, the others go on. Round k asks about `first` * sqrt(k) directions. Unlike the paper's, they are orthogonal
     and centred where the box leaves room for all of them: more is learned a question. Returns the nearest adversarial
     image seen, if it lies within eps. Errors as for `fgsm`; ValueError for other norms, a negative number of queries, or a
@@ -219,7 +219,7 @@ class _Walk:
         return _ask(self.attempt, points, self.rows)[1]
 
     def bisect(self, path: Callable[[Tensor], Tensor], low: float, high: float, halvings: int) -> tuple[Tensor, Tensor]:
-        """Bounds [m], [m] of the share at which path(share [m]), right at low and adversarial at high, changes sides."""
+        """Bounds [m], [m] of a share where path(share [m]) turns adversarial, if it is at high and is not at low."""
         a, b = (self.x.new_full((len(self.x),), v) for v in (low, high))
         for _ in range(halvings):
             middle = (a + b) / 2
@@ -238,7 +238,7 @@ class _Walk:
     def begin(self, start: Tensor | None) -> Tensor:
         """Points on the boundary; images without an adversarial one to start from are dropped."""
         if start is None:
-            tries = min(50, self.left)
+            tries = min(50, 1 + self.left // 4)
             starts = noise.uniform(self.seeds, tries * self.x[0].numel(), dtype=self.x.dtype)
             starts = starts.reshape(len(self.x), tries, *self.x.shape[1:])
         else:
@@ -252,7 +252,7 @@ class _Walk:
         """The boundary's normal near a, up to length: directions that are adversarial less those that are not, [m, *shape].
 
         The directions are rows of a Hadamard matrix, pixel by pixel in random signs: orthogonal, and every pixel moves by
-        the same radius. They start from the middle of the boundary layer, near a, where this radius keeps to the box:
+        the same radius. They do not start at a, but at a point of the boundary nearby where that radius keeps to the box:
         cut by the box, most of them would fall on one side and say little.
         """
         p = self.x[0].numel()
@@ -297,4 +297,4 @@ def _hadamard(count: int, p: int) -> Tensor:
     h = torch.ones(1, 1)
     while len(h) < count:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h[:count, torch.arange(p) % len(h)]
+    return h[:count].repeat(1, -(-p // len(h)))[:, :p]
