@@ -96,6 +96,43 @@ def project(a: Tensor, x: Tensor, eps, norm=inf) -> Tensor:
     return (x + (d.sign() * size).reshape(x.shape)).clamp(0, 1)
 
 
+def shrink(a: Tensor, x: Tensor, eps, norm=inf) -> Tensor:
+    """Into the box, then into the ball: a clipped to [0, 1], then the point of the ball of radius eps around x nearest to it.
+
+    It is in the box too, since every value comes nearer to x. Cheaper than `project`, the nearest point of both at once, and
+    as far from x; where a is in the box, the same. x must lie in the box; eps is a number or one number an image, [n].
+    """
+    check_norm(norm)
+    a, e = a.clamp(0, 1), _flat(eps, x)
+    if norm == inf:
+        return torch.minimum(torch.maximum(a, x - e), x + e)
+    d, e = a.sub_(x).flatten(1), e.reshape(-1, 1)
+    if norm == 2:
+        d = d.mul_((e / d.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1))
+    elif norm == 1:
+        size = d.abs()
+        d = d.sign() * (size - _threshold(size, e)).clamp_min(0)
+    else:
+        d = d * largest(d.abs(), e)
+    return d.reshape(x.shape).add_(x)
+
+
+def _threshold(size: Tensor, e: Tensor) -> Tensor:
+    """The least t >= 0 with sum_i (size_i - t)+ <= e, [n, p], [n, 1] -> [n, 1], by Newton's method (duchi2008efficient).
+
+    The sum is convex and falls in t: from the left no step passes the answer, and it ends there after finitely many.
+    """
+    t = torch.zeros_like(e.expand(len(size), 1))
+    for _ in range(size.shape[1]):
+        rest = (size - t).clamp_min_(0)
+        rise = (rest.sum(1, keepdim=True) - e) / rest.sign_().sum(1, keepdim=True).clamp_min_(1)
+        rising = rise > 1e-6 * t
+        if not bool(rising.any()):
+            break
+        t = torch.where(rising, t + rise, t)
+    return t
+
+
 def largest(value: Tensor, count: Tensor) -> Tensor:
     """Mask of the floor(count) largest values of every row, [n, p], [n, 1] -> [n, p] bool; of equal ones the first."""
     k = count.floor().clamp(0, value.shape[1]).long().expand(len(value), 1)

@@ -184,3 +184,15 @@ def test_interval_holds_the_ball():
 def test_bad_input_is_named(bad, word):
     with pytest.raises(ValueError, match=word):
         bad()
+
+
+@pytest.mark.parametrize("norm", threat.NORMS)
+def test_shrink_ends_in_ball_and_box_and_is_the_projection_of_points_in_the_box(norm):
+    g = torch.Generator().manual_seed(4)
+    x, a = (torch.rand(30, 1, 4, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    x[:, :, 0], eps = 0, torch.linspace(0.05, 6, 30, dtype=torch.float64)
+    inside = threat.shrink(a, x, eps, norm)
+    assert torch.allclose(inside, threat.project(a, x, eps, norm), atol=1e-6)
+    outside = threat.shrink(a + torch.randn(a.shape, generator=g, dtype=a.dtype), x, eps, norm)
+    assert (threat.distance(outside, x, norm) <= eps + 1e-6).all() and 0 <= outside.min() and outside.max() <= 1
+    assert torch.equal(threat.shrink(x, x, 0.0, norm), x)

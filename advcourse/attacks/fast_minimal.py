@@ -63,42 +63,6 @@ def scout(attempt: Attempt, walk: Callable, *, steps: int, classes: int) -> None
         walk(attempt, rows, margin_loss, attempt.best[rows], steps=steps, share=0.5)
 
 
-def shrink(a: Tensor, x: Tensor, radius: Tensor, norm) -> Tensor:
-    """Into the box, then into the ball: a clipped, then moved to the nearest point of the ball, [m] radii.
-
-    That point is in the box too, since every value comes nearer to x. Cheaper than `threat.project`, the nearest point of
-    both at once.
-    """
-    a = a.clamp(0, 1)
-    if norm == inf:
-        return torch.minimum(torch.maximum(a, x - like(radius, x)), x + like(radius, x))
-    d = (a - x).flatten(1)
-    size, e = d.abs(), radius[:, None]
-    if norm == 2:
-        d = d * (e / size.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1)
-    elif norm == 1:
-        d = d.sign() * (size - _threshold(size, e)).clamp_min(0)
-    else:
-        d = d * threat.largest(size, e)
-    return x + d.reshape(x.shape)
-
-
-def _threshold(size: Tensor, e: Tensor) -> Tensor:
-    """The least t >= 0 with sum_i (size_i - t)+ <= e, [m, p], [m, 1] -> [m, 1], by Newton's method.
-
-    The sum is convex and falls in t: from the left no step passes the answer, and it ends there after finitely many.
-    """
-    t = torch.zeros_like(e)
-    for _ in range(size.shape[1]):
-        rest = (size - t).clamp_min_(0)
-        rise = (rest.sum(1, keepdim=True) - e) / rest.sign_().sum(1, keepdim=True).clamp_min_(1)
-        rising = rise > 1e-6 * t
-        if not bool(rising.any()):
-            break
-        t = torch.where(rising, t + rise, t)
-    return t
-
-
 def fmn(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, steps: int = 40, step: float | None = None, gamma: float = 0.1,
         classes: int = 5, target: Tensor | None = None, confidence: float = 0.0, eps=inf, refine: int = 3,
         generator: torch.Generator | None = None) -> AttackResult:
@@ -130,7 +94,7 @@ def _walk_inside(attempt: Attempt, rows: Tensor, loss: Loss, a: Tensor, *, steps
         g = threat.inward(g, a)
         missing = (attempt.needed(logits, AIM) - value).clamp_min(0) / dual_length(g, norm)
         radius = _next_radius(radius, best, here, won, missing, _cosine(gamma, gamma / 50, k, steps), norm)
-        a = shrink(a + share * length * _cosine(1, 0.01, k, steps) * threat.steepest(g, 2), x, radius, norm)
+        a = threat.shrink(a + share * length * _cosine(1, 0.01, k, steps) * threat.steepest(g, 2), x, radius, norm)
     attempt.submit(a, attempt.logits(a, rows), rows)
 
 

@@ -17,18 +17,10 @@ class Ball:
         self.around: tuple[Tensor, Tensor] = threat.interval(x, eps) if norm == inf else (x, eps)
 
     def project(self, a: Tensor) -> Tensor:
-        """A point of the ball at a, which is overwritten; the nearest one (`threat.project`), but for norm 2.
-
-        There: the box first, the ball second. Scaling towards x leaves neither, and costs a fifth of the exact projection.
-        """
+        """A point of the ball at a, which is overwritten: the nearest one, but for norm 2, where `threat.shrink` does as well."""
         if self.norm == inf:
             return a.clamp_(*self.around)
-        if self.norm != 2:
-            return threat.project(a, *self.around, self.norm)
-        x, eps = self.around
-        d = a.clamp_(0, 1).sub_(x)
-        shrink = (eps / d.flatten(1).norm(dim=1).clamp_min(1e-12)).clamp_max(1)
-        return d.mul_(like(shrink, d)).add_(x).clamp_(0, 1)
+        return (threat.shrink if self.norm == 2 else threat.project)(a, *self.around, self.norm)
 
     def keep(self, which: Tensor) -> None:
         """Go on with these images only, given by index."""
