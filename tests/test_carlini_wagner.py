@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from advcourse import data, models, threat
-from advcourse.attacks import carlini_wagner, ddn, fmn, houdini, pgd
+from advcourse.attacks import Attempt, carlini_wagner, ddn, fmn, houdini, pgd
 from advcourse.attacks.carlini_wagner import objective
+from advcourse.attacks.fast_minimal import REACH, aims
+from advcourse.attacks.minimal import pull_back
 from advcourse.losses import houdini as houdini_loss
 from advcourse.losses import margin
 
@@ -71,6 +73,44 @@ def test_heading_for_more_classes_never_hurts(digits):
     model, x, y = digits
     for attack in (ddn, fmn):
         assert (attack(model, x, y, classes=5).distance <= attack(model, x, y, classes=2).distance * 1.01 + 1e-6).all()
+
+
+def test_scouting_other_classes_finds_nearer_images(digits):
+    model, x, y = digits
+    alone, scouted = (carlini_wagner(model, x, y, classes=k, refine=0).distance for k in (0, 5))
+    assert scouted.log().mean() < alone.log().mean() - 0.01
+
+
+def linear(slopes, biases):
+    """A linear model on one row of values: class 0 has logit 0, class k the logit slopes[k-1] . x + biases[k-1]."""
+    layer = nn.Linear(len(slopes[0]), len(slopes) + 1).double()
+    layer.weight.data = torch.tensor([[0.0] * len(slopes[0]), *slopes]).double()
+    layer.bias.data = torch.tensor([0.0, *biases]).double()
+    return nn.Sequential(nn.Flatten(), layer)
+
+
+def test_aims_are_the_classes_within_reach_nearest_first():
+    """Euclidean distances 0.2, 0.1 and 0.9 from the first image; 0.1, 0.2 and 0.8 from the second."""
+    model = linear([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], [-0.7, 0.4, -1.4])
+    x = torch.tensor([[0.5, 0.5], [0.6, 0.6]]).double()
+    walks = [(rows.tolist(), aim.tolist()) for rows, aim in aims(Attempt(model, x, torch.zeros(2).long(), norm=2), 3)]
+    assert 1 < REACH < 2 and walks == [([0, 1], [2, 1])]
+    model[1].bias.data[2] = 0.35  # now 0.2 and 0.15 from the first, 0.1 and 0.25 from the second
+    walks = [(rows.tolist(), aim.tolist()) for rows, aim in aims(Attempt(model, x, torch.zeros(2).long(), norm=2), 3)]
+    assert walks == [([0, 1], [2, 1]), ([0], [1])]
+
+
+def test_pull_back_leaves_an_image_that_is_settled():
+    """On a linear model the first round lands beyond the boundary by next to nothing; the second sees that and ends."""
+    model, x = linear([[3.0, -1.0]], [-2.0]), torch.tensor([[0.5, 0.5]]).double()
+    attempt = Attempt(model, x, torch.zeros(1).long(), norm=2)
+    assert len(attempt.started)
+    far = torch.tensor([[1.0, 0.1]]).double()
+    attempt.submit(far, model(far))
+    before = attempt.queries.clone()
+    pull_back(attempt, 10)
+    assert attempt.distance.item() == pytest.approx(1 / 10**0.5, rel=1e-9)
+    assert (attempt.queries - before).item() == 2 * 3
 
 
 @pytest.mark.parametrize("norm", [2, 0, inf])
