@@ -139,15 +139,17 @@ def _recolour(guess: Tensor, rows: Tensor, columns: Tensor, corner: Tensor, sign
 def _move_length(guess: Tensor, rows: Tensor, columns: Tensor, more_rows: Tensor, more_columns: Tensor, sign: Tensor) -> Tensor:
     """The guess with both windows emptied and their length in the first: half its old pattern, half one sign a channel."""
     here, there, guess = _outer(rows, columns), _outer(more_rows, more_columns), guess[:, None]
-    kept = guess * (1 - torch.maximum(here, there))
-    length = (_length2(guess) - _length2(kept)).clamp_min(0).sqrt()
-    old, new = guess * here, here * sign[..., None, None]
-    mixed = old / _length2(old).sqrt().clamp_min(1e-12) + new / _length2(new).sqrt()
-    return torch.addcmul(kept, mixed, length / _length2(mixed).sqrt().clamp_min(1e-12))
+    kept = torch.addcmul(guess, guess, torch.maximum(here, there), value=-1)
+    length = (_length(guess) ** 2 - _length(kept) ** 2).clamp_min(0).sqrt()
+    old = 1 / _length(guess * here).clamp_min(1e-12)
+    new = sign / (sign.shape[2] * rows.sum(2) * columns.sum(2)).sqrt()[..., None]
+    mixed = (guess * old).add_(new[..., None, None]).mul_(here)  # both parts of length one
+    return torch.addcmul(kept, mixed, length / _length(mixed).clamp_min(1e-12))
 
 
-def _length2(v: Tensor) -> Tensor:
-    return v.square().sum((2, 3, 4), keepdim=True)
+def _length(v: Tensor) -> Tensor:
+    """[m, q, channels, h, w] -> [m, q, 1, 1, 1]."""
+    return v.flatten(2).norm(dim=2)[..., None, None, None]
 
 
 def _render(guess: Tensor, x: Tensor, radius: Tensor, norm) -> Tensor:
@@ -160,10 +162,9 @@ def _render(guess: Tensor, x: Tensor, radius: Tensor, norm) -> Tensor:
     if norm == inf:
         a = torch.addcmul(flat, change, radius).clamp_(0, 1)
     else:
-        for _ in range(REFILLS):
-            longer = radius / change.norm(dim=2, keepdim=True).clamp_min(1e-12)
-            change = torch.addcmul(flat, change, longer).clamp_(0, 1).sub_(flat)
-        a = (flat + change).clamp_(0, 1)
+        for k in range(REFILLS):
+            change = change if k == 0 else a - flat
+            a = torch.addcmul(flat, change, radius / change.norm(dim=2, keepdim=True).clamp_min(1e-12)).clamp_(0, 1)
     return a.reshape(*guess.shape[:2], *x.shape[1:])
 
 
