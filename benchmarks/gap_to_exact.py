@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from advcourse import attacks, data, models
 from advcourse.certify import branch, exact, network
-from advcourse.certify.question import Question, Race
-from advcourse.certify.reduced import ball
+from advcourse.certify.question import Question
 
 STORE = Path(__file__).resolve().with_suffix(".json")
 FIRST, GAP = 500, 1e-3                          # the first test digit used here and in attacks.py; relative gap of "settled"
@@ -78,17 +77,12 @@ def fewest(q, norm, seconds: float, upper: float) -> tuple[float, float, str]:
     """l0: no witness with one pixel fewer, says our branch and bound, which minimises linear functions over the l0 ball
     exactly (the largest terms). It may end in doubt; then HiGHS is asked."""
     while 1 < upper < inf:
-        def accept(point, eps=upper - 1):
-            return race.witness(q.replay(point, eps, 0))
-
-        with Race("margin", -inf, seconds, False) as race:
-            verdict, _ = branch.split_relus(branch.margins(q.net, q.y), ball(q.flat, upper - 1, 0), race, accept)
-        answered(race)
-        if verdict == "robust":
+        c = answered(branch.verify(q.model, q.x, q.y, eps=upper - 1, norm=0, time_limit=seconds))
+        if c.status == "robust":
             return upper, upper, "branch and bound"
-        if race.upper == inf:
+        if c.status == "unknown":
             break
-        upper = race.upper
+        upper = float((c.counterexample != q.x).sum())
     c = answered(exact.minimal_distortion(q.model, q.x, q.y, norm=0, time_limit=seconds, progress=False))
     return c.lower, min(c.upper, upper), "HiGHS"
 

@@ -1,6 +1,7 @@
 """Branch and bound: equal to enumeration and to HiGHS, sound when sampled and attacked, honest when stopped."""
 from math import inf, isnan, nan
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from torch import nn
 
 import advcourse.certify.enumerate as brute
 from advcourse import attacks, data, models, threat
-from advcourse.certify import branch, exact
+from advcourse.certify import branch, exact, witness
 from advcourse.certify.dual import ascend, bound, roots, squeeze
 from advcourse.certify.network import network
 from advcourse.certify.presolve import presolve
@@ -143,8 +144,28 @@ def test_verify_in_other_norms(norm, seed):
         assert c.status == ("robust" if eps < d else "falsified")
 
 
-def test_leaves_alone_are_enough(monkeypatch):
-    """With bounds that say nothing, every sign is split and linear programs give the same verdicts."""
+@FEW
+@given(seed=st.integers(0, 10**6))
+def test_counting_pixels_is_sound(seed):
+    model, x, y = random_case(seed)
+    d, _ = brute.minimal_distortion(network(model, (3,)), x, y, norm=0)
+    for eps in (1, 2, 3):
+        c = branch.verify(model, x[None], torch.tensor([y]), eps=eps, norm=0)
+        assert c.status in ("unknown", "robust" if eps < d else "falsified")
+
+
+def test_counting_pixels_on_digits_agrees_with_the_mip():
+    model, (x, y) = models.load("mnist-mlp50-standard"), data.mnist("test", n=5)
+    for i in (3, 4):
+        d = exact.minimal_distortion(model, x[i], int(y[i]), norm=0).upper
+        assert branch.verify(model, x[i], int(y[i]), eps=d - 1, norm=0).status == "robust"
+        c = branch.verify(model, x[i], int(y[i]), eps=d, norm=0)
+        assert c.status == "unknown" or c.status == "falsified" and int((c.counterexample != x[i]).sum()) <= d
+
+
+@pytest.mark.parametrize("norm", [inf, 2, 1])
+def test_leaves_alone_are_enough(monkeypatch, norm):
+    """With bounds that say nothing, every sign is split and the leaves' programs give the same verdicts."""
     monkeypatch.setattr(branch, "INPUTS", 0)
     monkeypatch.setattr(branch, "ascend", lambda red, rows, nodes, *a, **kw: nodes._replace(
         bound=torch.full_like(nodes.bound, -1.0)))
@@ -154,12 +175,33 @@ def test_leaves_alone_are_enough(monkeypatch):
     seen = set()
     for seed in range(6):
         model, x, y = random_case(seed, (3, 3, 3, 3))
-        d, _ = brute.minimal_distortion(network(model, (3,)), x, y)
-        for eps in (0.5 * d, 1.5 * d):
-            c = branch.verify(model, x[None], torch.tensor([y]), eps=min(eps, 1.0))
-            assert c.status == ("robust" if min(eps, 1.0) < d else "falsified")
+        d, _ = brute.minimal_distortion(network(model, (3,)), x, y, norm=norm)
+        for eps in (0.99 * d, 1.01 * d):
+            c = branch.verify(model, x[None], torch.tensor([y]), eps=min(eps, 3.0), norm=norm)
+            assert c.status == ("robust" if min(eps, 3.0) < d else "falsified")
             seen.add(c.status)
     assert seen == {"robust", "falsified"}
+
+
+@pytest.mark.parametrize("norm", [inf, 2, 1])
+def test_nearest_point_of_a_polyhedron(norm):
+    """Distance and emptiness as by enumeration's own solvers; the multipliers prove that nothing nearer satisfies the rows."""
+    rng, empty = np.random.default_rng(0), 0
+    for _ in range(30):
+        G, g, x = rng.normal(size=(4, 5)), rng.normal(size=4) - 1, rng.uniform(size=5) * (rng.uniform(size=5) > 0.3)
+        box = np.vstack([-G, np.eye(5), -np.eye(5)]), np.concatenate([g, np.ones(5), np.zeros(5)])
+        d, _ = brute.nearest(*box, x, norm)
+        found = witness.nearest(G, g, x, norm)
+        empty += d == inf
+        assert (found is None) == (d == inf)
+        if found is not None and d > 0:
+            a, w = found
+            assert (G @ a + g).min() >= -1e-6 and a.min() >= 0 and a.max() <= 1 and w.min() >= -1e-9
+            assert np.linalg.norm(a - x, norm) == pytest.approx(d, abs=1e-6)
+            small = ball(torch.as_tensor(x), 0.99 * d, norm)
+            best = small.minimiser(torch.as_tensor(-w @ G)[None])[0].numpy()
+            assert w @ (G @ best + g) < 0
+    assert 3 < empty < 27
 
 
 def test_a_planted_counterexample_is_found():
@@ -271,7 +313,7 @@ def test_bad_input_is_named():
     model, x, y = random_case(0)
     label = torch.tensor([y])
     for call, word in ((lambda: branch.verify(model, x[None], label, eps=-1.0), "eps"),
-                       (lambda: branch.verify(model, x[None], label, eps=0.1, norm=0), "norm"),
+                       (lambda: branch.verify(model, x[None], label, eps=0.1, norm=3), "norm"),
                        (lambda: branch.verify(model, x[None] + nan, label, eps=0.1), "x"),
                        (lambda: branch.verify(model, x[None], torch.tensor([7]), eps=0.1), "y"),
                        (lambda: branch.minimal_distortion(model, x[None], label, gap=0.0), "gap"),

@@ -3,7 +3,7 @@
 A node is an output, to be proved positive, and signs imposed on some units. `dual` bounds a batch of nodes at a time; what
 is not proved is split on the unit whose relaxation costs most. Where that does not get on, the outputs are taken one by one
 and the units' bounds tightened under the condition that the output is <= 0 (`dual.squeeze`). A node with all signs known is
-settled by a linear program, so that the search is complete. Witnesses are replayed.
+settled by a convex program, so that the search is complete, but for norm 0. Witnesses are replayed.
 Arithmetic: float64 with a small outward margin, not directed rounding.
 """
 from __future__ import annotations
@@ -175,9 +175,10 @@ def verify(model: nn.Module | Network, x: Tensor, y, *, eps: float, norm=inf, ti
 
     lower <= worst margin over the ball <= upper, loosely: only its sign is asked for. x: one image [*shape] with a number
     y, or a batch [n, *shape] with y [n], which gives a list (for n = 1: the one). Out of time (seconds) or interrupted:
-    "unknown". ValueError: bad x, y, norm (inf, 2 or 1), eps, or a layer that `network` refuses.
+    "unknown". Norm 0 (at most eps pixels change) is sound, fast and incomplete: bounds minimise over that ball exactly, but a
+    leaf may end in doubt, "unknown". ValueError: bad x, y, norm, eps, or a layer that `network` refuses.
     """
-    _check_norm(norm)
+    threat.check_norm(norm)
     threat.check_eps(eps)
 
     def answer(q: Question) -> Certificate:
@@ -289,4 +290,4 @@ def minimal_distortion(model: nn.Module | Network, x: Tensor, y, *, norm=inf, ga
 
 def _check_norm(norm) -> None:
     if norm not in (inf, 2, 1):
-        raise ValueError(f"norm={norm!r} is not for branch and bound: choose inf, 2 or 1 (exact.verify also takes 0)")
+        raise ValueError(f"norm={norm!r} is not for branch and bound: choose inf, 2 or 1 (`verify` also takes 0)")

@@ -82,51 +82,68 @@ def conditions(red: Reduced, split: Tensor, output: int) -> tuple[np.ndarray, np
     return (sign[:, None] * b.A).cpu().numpy(), (sign * (b.value - (b.A * b.point).sum(1))).cpu().numpy()
 
 
-def polish(red: Reduced, x: Tensor, a: Tensor, output: int, norm=inf) -> Tensor:
-    """The witness [p] nearest to x among those with the activation pattern of the witness a [p]; a if the LP fails.
+def nearest(G: np.ndarray, g: np.ndarray, x: np.ndarray, norm=inf) -> tuple[np.ndarray, np.ndarray] | None:
+    """The point [p] of {G a + g >= 0} ∩ [0, 1]^p nearest to x and the multipliers [m] of its rows; None if the set is empty.
 
-    The lecture's upper bound by fixing the binaries. A linear program for l-infinity and l1; for l2, a itself.
+    A linear program for l-infinity and l1. For l2 the dual, which is smooth and concave: the maximum over w >= 0 of
+    ½‖a − x‖² − w (G a + g) at a = clip(x + Gᵀ w).
     """
     from scipy import sparse
-    from scipy.optimize import linprog
-    if norm not in (inf, 1):
-        return a
-    G, g = conditions(red, torch.where(red.inputs(a[None])[0] > 0, 1, -1).to(torch.int8), output)
-    center, p = x.cpu().numpy(), len(x)
-    up, down = np.flatnonzero(center < 1), np.flatnonzero(center > 0)   # where the box leaves room, d <= r and -d <= r
+    from scipy.optimize import linprog, minimize
+    if norm == 2:
+        size = np.maximum(np.linalg.norm(G, axis=1), 1e-12)
+        A, b = G / size[:, None], g / size
+
+        def dual(w: np.ndarray) -> tuple[float, np.ndarray]:
+            a = np.clip(x + w @ A, 0, 1)
+            row = A @ a + b
+            return w @ row - 0.5 * ((a - x)**2).sum(), row
+
+        w = minimize(dual, np.zeros(len(b)), jac=True, bounds=[(0, None)] * len(b), method="L-BFGS-B",
+                     options={"maxiter": 300, "ftol": 1e-16, "gtol": 1e-10, "maxcor": 30}).x
+        a = np.clip(x + w @ A, 0, 1)
+        return (a, w / size) if (A @ a + b).min() >= -1e-6 else None
+    p, up, down = len(x), np.flatnonzero(x < 1), np.flatnonzero(x > 0)      # where the box leaves room, d <= r and -d <= r
     eye = sparse.eye(p, format="csr")
     radius = sparse.csr_matrix(np.ones((p, 1))) if norm == inf else eye
     rows = sparse.bmat([[sparse.csr_matrix(-G), None], [eye[up], -radius[up]], [-eye[down], -radius[down]]], format="csr")
-    right = np.concatenate([g + G @ center, np.zeros(len(up) + len(down))])
+    right = np.concatenate([g + G @ x, np.zeros(len(up) + len(down))])
     k = radius.shape[1]
-    limits = np.column_stack([np.append(-center, np.zeros(k)), np.append(1 - center, np.ones(k))])
+    limits = np.column_stack([np.append(-x, np.zeros(k)), np.append(1 - x, np.ones(k))])
     found = linprog(np.append(np.zeros(p), np.ones(k)), rows, right, bounds=limits, method="highs", options={"presolve": False})
-    return a if found.x is None else (x + torch.as_tensor(found.x[:p]).to(x)).clamp(0, 1)
+    return None if found.x is None else (np.clip(x + found.x[:p], 0, 1), -found.ineqlin.marginals[:len(g)])
 
 
-def leaf(red: Reduced, split: Tensor, output: int, region: Region, *, cuts: int = 30) -> tuple[Tensor, float, Tensor]:
+def polish(red: Reduced, x: Tensor, a: Tensor, output: int, norm=inf) -> Tensor:
+    """The witness [p] nearest to x among those with the activation pattern of the witness a [p]; a if that fails.
+
+    The lecture's upper bound by fixing the binaries.
+    """
+    G, g = conditions(red, torch.where(red.inputs(a[None])[0] > 0, 1, -1).to(torch.int8), output)
+    found = nearest(G, g, x.cpu().numpy(), norm)
+    return a if found is None else torch.as_tensor(found[0]).to(x)
+
+
+def leaf(red: Reduced, split: Tensor, output: int, region: Region) -> tuple[Tensor, float, Tensor]:
     """With every sign given: the point [p] that comes nearest to being a witness, and multipliers (of the output, of the
     signs [units]) that prove that there is none, if there is none.
 
-    The linear program min t with G a + g + t >= 0 always has a solution; its dual is the certificate. A ball that is no
-    box is cut out of its box by tangents, one a round, where the last point left it.
+    In an l1 or l2 ball: the witness nearest to its center, a hair further out. In a box, and where the box has no witness
+    with these signs: the linear program min t with G a + g + t >= 0, which always has a solution. Duals are certificates.
     """
     from scipy.optimize import linprog
     G, g = conditions(red, split, output)
-    rows, right = [np.append(row, 1.0) for row in -G], list(g)
-    for row in rows:
-        row[-1] = -1.0
-    limits = np.column_stack([np.append(region.lower.cpu().numpy(), -inf), np.append(region.upper.cpu().numpy(), inf)])
-    point, weights = (region.lower + region.upper) / 2, np.zeros(len(g))
-    for _ in range(cuts):
-        found = linprog(np.append(np.zeros(G.shape[1]), 1.0), np.array(rows), np.array(right), bounds=limits, method="highs")
-        if found.x is None:
-            break
-        point, weights = torch.as_tensor(found.x[:-1]).to(red.lower), -found.ineqlin.marginals[:len(g)]
-        if region.center is None or (away := threat.distance(point[None], region.center[None], region.norm)[0]) <= region.eps:
-            break
-        step = (point - region.center).cpu().numpy()
-        tangent = step / away.item() if region.norm == 2 else np.sign(step)
-        rows.append(np.append(tangent, 0.0))
-        right.append(region.eps + tangent @ region.center.cpu().numpy())
-    return point, max(0.0, weights[-1]), torch.as_tensor(weights[:-1]).clamp_min(0).to(red.lower)
+    found = None
+    if region.center is not None and region.norm != 0:
+        center = region.center.cpu().numpy()
+        found = nearest(G, g, center, region.norm)
+    if found is not None:
+        point, weights = np.clip(center + (1 + 1e-6) * (found[0] - center), 0, 1), found[1]
+    else:
+        point, weights = ((region.lower + region.upper) / 2).cpu().numpy(), np.zeros(len(g))
+        limits = np.column_stack([np.append(region.lower.cpu().numpy(), -inf), np.append(region.upper.cpu().numpy(), inf)])
+        rows, cost = np.column_stack([-G, -np.ones(len(g))]), np.append(np.zeros(G.shape[1]), 1.0)
+        least = linprog(cost, rows, g, bounds=limits, method="highs")
+        if least.x is not None:
+            point, weights = least.x[:-1], -least.ineqlin.marginals
+    return torch.as_tensor(point).to(red.lower), max(0.0, weights[-1]), torch.as_tensor(weights[:-1]).clamp_min(0).to(red.lower)
