@@ -33,7 +33,7 @@ def saliency_pair(own: Tensor, others: Tensor, a: Tensor, free: Tensor | None = 
     slope times room; a pair scores -(gain of the target) * (gain of the others) where the first is positive and the second
     negative (papernot2016limitations). Where no pair qualifies the target's gain decides alone: the sum of the others says
     little about the one that is ahead. Pairs are searched among the `candidates` pixels, `free` [m, p] ones only, of
-    largest gain.
+    largest gain: measured on digits, the fewer there are to choose from, the fewer pixels the attack needs.
     """
     end = (own > 0).to(a.dtype)  # where this pixel helps
     worth = own * (end - a)
@@ -72,7 +72,8 @@ def jsma(model: nn.Module, x: Tensor, y: Tensor, *, eps=inf, norm=0, target: Ten
         logits, own, others = _slopes(attempt, a, rows, goal[rows])
         won = attempt.submit(a, logits, rows)
         going = (~won & (2 * k + 2 <= attempt.eps[rows].clamp_max(free.shape[1]))).nonzero()[:, 0]
-        rows, a, free, own, others = (v[going] for v in (rows, a, free, own, others))
+        if len(going) < len(rows):
+            rows, a, free, own, others = (v[going] for v in (rows, a, free, own, others))
         if len(rows):
             pair, value = saliency_pair(own, others, a.flatten(1), free)
             a, free = a.flatten(1).scatter(1, pair, value).reshape(a.shape), free.scatter(1, pair, False)
