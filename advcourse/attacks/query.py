@@ -28,8 +28,8 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, eps, norm=inf, queries: in
            target: Tensor | None = None, confidence: float = 0.0, generator: torch.Generator | None = None) -> AttackResult:
     """Square attack: repaint a random square, keep it if the margin falls (andriushchenko2020square), norms inf and 2.
 
-    Black box: at most `queries` evaluations of the logits beside the look at x, no gradient; four proposals share a forward
-    pass, and the best of them counts. `share` is the first square's share of the image; it halves nine times over the
+    Black box: at most `queries` evaluations of the logits beside the look at x, no gradient; a few proposals share a forward
+    pass, and the best of them counts. `share` is the first square's share of the image; it halves 7 to 9 times over the
     budget, later than in the paper, which on digits breaks more. Norm inf paints +-eps; norm 2 empties one window and
     spends its length in another. Also unlike the paper, small squares get the colour their corner has not, and norm 2
     refills what the box cuts off. Fixed radius: a success has distance <= eps. Errors as for `fgsm`; ValueError for other
@@ -52,33 +52,39 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, eps, norm=inf, queries: in
             plan = _plan(seeds[rows], areas, k // PLAN + 1, guess, norm)
         q = min(group, PLAN - j, queries - k) if k else 1
         proposals = repaint(guess, *(v[:, j:j + q] for v in plan)) if k else guess[:, None]
-        logits, won = _ask(attempt, _render(proposals, x, radius, norm), rows)
+        points = _render(proposals, x, radius, norm)
+        logits = _answers(attempt, points, rows)
         value = margin_loss(logits, label.repeat_interleave(q)).reshape(-1, q) * (1 if target is None else -1)
-        value, i = value.masked_fill(value.isnan(), -inf).max(1)
+        value, i = value.nan_to_num(-inf, inf, -inf).max(1)
         keep = value > highest
         guess = torch.lerp(guess, _pick(proposals, i), _column(keep.to(guess.dtype), guess))
         highest = torch.where(keep, value, highest)
-        if bool(won.any()):
-            on = ~won.any(1)
+        if bool((value >= confidence).any()):  # else nobody can have won
+            on = ~_judge(attempt, points, logits, rows).any(1)
             rows, x, radius, label, guess, highest, *plan = (v[on] for v in (rows, x, radius, label, guess, highest, *plan))
         k += q
     return attempt.result()
 
 
-def _ask(attempt: Attempt, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [m * q, classes] of the points [m, q, *shape], and which are adversarial, [m, q]; the nearest of those are kept."""
+def _answers(attempt: Attempt, points: Tensor, rows: Tensor) -> Tensor:
+    """Logits [m * q, classes] of the points [m, q, *shape]."""
+    each = rows.repeat_interleave(points.shape[1])
+    parts = zip(points.flatten(0, 1).split(PASS), each.split(PASS), strict=True)
+    return torch.cat([attempt.logits(*part) for part in parts])
+
+
+def _judge(attempt: Attempt, points: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
+    """Which of the points [m, q, *shape] with these logits are adversarial, [m, q]; the nearest of each image is kept."""
     m, q = points.shape[:2]
-    flat, each = points.flatten(0, 1), rows.repeat_interleave(q)
-    logits = torch.cat([attempt.logits(*part) for part in zip(flat.split(PASS), each.split(PASS), strict=True)])
-    won = attempt.wins(logits, each).reshape(m, q)
+    won = attempt.wins(logits, rows.repeat_interleave(q)).reshape(m, q)
     if bool(won.any()):
         d = (points - attempt.x[rows][:, None]).flatten(2)
         d = d.norm(dim=2) if attempt.norm == 2 else d.abs().amax(2)
         nearest, i = d.masked_fill(~won, inf).min(1)
         found = (nearest < attempt.distance[rows]).nonzero()[:, 0]
         i = found * q + i[found]
-        attempt.submit(flat[i], logits[i], each[i])
-    return logits, won
+        attempt.submit(points.flatten(0, 1)[i], logits[i], rows[found])
+    return won
 
 
 def _pick(points: Tensor, i: Tensor) -> Tensor:
@@ -217,7 +223,7 @@ class _Walk:
         if q > self.left:
             raise _OutOfQueries
         self.left -= q
-        return _ask(self.attempt, points, self.rows)[1]
+        return _judge(self.attempt, points, _answers(self.attempt, points, self.rows), self.rows)
 
     def bisect(self, path: Callable[[Tensor], Tensor], low: float, high: float, halvings: int) -> tuple[Tensor, Tensor]:
         """Bounds [m], [m] of a share where path(share [m]) turns adversarial, if it is at high and is not at low."""
