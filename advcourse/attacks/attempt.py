@@ -207,7 +207,7 @@ class Attempt:
         if last is not None:
             undecided = (_pick(self.distance, rows) == inf).nonzero()[:, 0]
             index = undecided if rows is None else rows[undecided]
-            if len(index) == len(self.x):
+            if rows is None and len(index) == len(self.x):
                 self.best = last.detach()
             else:
                 self._keep(index, last.detach().index_select(0, undecided))
