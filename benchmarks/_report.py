@@ -77,8 +77,8 @@ def strongest(ours: dict, peers: list[dict]) -> tuple[dict | None, str, str]:
 
 
 def fastest(ours: dict, peers: list[dict]) -> tuple[str, str]:
-    """The fastest peer that is not weaker than ours: its time over ours, and its queries over ours."""
-    equal = [p for p in peers if compare(p, ours)[0] != "weaker"]
+    """The fastest peer than which ours is not stronger: its time over ours, and its queries over ours."""
+    equal = [p for p in peers if compare(ours, p)[0] != "stronger"]
     if not equal:
         return "no peer as strong", ""
     best = min(equal, key=lambda p: p["seconds"])
@@ -157,7 +157,7 @@ needs that says what it broke. "Before it broke": the share of the queries on im
 "Ours is" compares with the peer that does best: *weaker* if its success is higher by more than one standard error, or our median
 distance more than 1 % longer and by more than one; *stronger* if our success is higher, or our distance more than 1 % shorter,
 by more than two; else a *tie*: more is asked of what flatters us. The ± is one standard error, paired over the images, or over
-the seeds where that is larger. A peer is "as strong" if by the same rule it is not weaker than ours.
+the seeds where that is larger. A peer is "as strong" if ours is not *stronger* than it.
 
 {(HERE / "attacks-notes.md").read_text(encoding="utf-8").strip()}
 
