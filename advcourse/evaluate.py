@@ -107,7 +107,7 @@ class Bracket(NamedTuple):
 
         order = self.upper.argsort()
         low, high = self.lower[order].tolist(), self.upper[order].tolist()
-        known = [h for h in high if h < float("inf")]
+        known = [h for h in high if h < inf]
         top = 1.1 * max(known, default=1.0)
         at = range(len(order))
         ax.vlines(at, low, [min(h, top) for h in high], color=plot.INK, alpha=0.5, lw=2)

@@ -106,8 +106,7 @@ class Attempt:
 
     def label(self, rows: Tensor | None = None) -> Tensor:
         """The class the attack speaks about, [m]: the target where there is one, else y."""
-        label = self.y if self.target is None else self.target
-        return label if rows is None else label.index_select(0, rows)
+        return _pick(self.y if self.target is None else self.target, rows)
 
     def _forward(self, a: Tensor) -> Tensor:
         logits = self.model(a)
@@ -138,11 +137,9 @@ class Attempt:
             value = loss(logits, self.label(rows))
             value = value if self.target is None else -value
             g, = torch.autograd.grad(value.sum(), at)
-        if not isfinite(g.sum()):
-            g = torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0)
         if a is None and self._clean is None:
             self._meet(logits.detach())
-        return logits.detach(), value.detach(), g
+        return logits.detach(), value.detach(), finite(g)
 
     def class_gradients(self, a: Tensor, rivals: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(logits [m, c], leads [m, k], gradients [k, m, *shape]) of f_rival - f_label for k rival classes, [m, k].
@@ -155,7 +152,7 @@ class Attempt:
             logits = self._forward(at)
             leads = logits.gather(1, rivals) - logits.gather(1, self.label(rows)[:, None])
             grads = [torch.autograd.grad(leads[:, k].sum(), at, retain_graph=True)[0] for k in range(rivals.shape[1])]
-        return logits.detach(), leads.detach(), torch.nan_to_num(torch.stack(grads), nan=0.0, posinf=0.0, neginf=0.0)
+        return logits.detach(), leads.detach(), finite(torch.stack(grads))
 
     def count(self, k: int, rows: Tensor | None = None) -> None:
         """Add k queries to each image of `rows`; an image that is there several times pays several times."""
@@ -221,8 +218,13 @@ class Attempt:
         return AttackResult(self.best, success, torch.where(success, d, inf), self.queries)
 
 
+def finite(g: Tensor) -> Tensor:
+    """The gradient with 0 for what is NaN or infinite."""
+    return g if isfinite(g.sum()) else torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def _pick(v: Tensor, rows: Tensor | None) -> Tensor:
-    return v if rows is None else v[rows]
+    return v if rows is None else v.index_select(0, rows)
 
 
 def within(d: Tensor, eps: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from advcourse import noise, threat
 from advcourse.attacks.attempt import AttackResult, Attempt
+from advcourse.attacks.iterative import like
 from advcourse.losses import margin_loss
 
 PASS = 512  # images a forward pass: more at once are slower, they leave the processor's cache
@@ -17,11 +18,6 @@ BOUNDARY, CENTRE, STEPS = 12, 8, 6  # HopSkipJump's questions a round, beside th
 def _check_queries(queries: int) -> None:
     if queries < 0:
         raise ValueError(f"queries={queries!r} is negative")
-
-
-def _column(v: Tensor, like: Tensor) -> Tensor:
-    """[n] -> [n, 1, ...], to multiply a batch of the same number of dimensions."""
-    return v.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def square(model: nn.Module, x: Tensor, y: Tensor, *, eps, norm=inf, queries: int = 1000, share: float = 0.3,
@@ -57,7 +53,7 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, eps, norm=inf, queries: in
         value = margin_loss(logits, label.repeat_interleave(q)).reshape(-1, q) * (1 if target is None else -1)
         value, i = value.nan_to_num(-inf, inf, -inf).max(1)
         keep = value > highest
-        guess = torch.lerp(guess, _pick(proposals, i), _column(keep.to(guess.dtype), guess))
+        guess = torch.lerp(guess, _pick(proposals, i), like(keep.to(guess.dtype), guess))
         highest = torch.where(keep, value, highest)
         if bool((value >= confidence).any()):  # else nobody can have won
             on = ~_judge(attempt, points, logits, rows).any(1)
@@ -192,17 +188,14 @@ def hop_skip_jump(model: nn.Module, x: Tensor, y: Tensor, *, norm=2, eps=inf, qu
         threat.check_images(start, "start")
         if start.shape != x.shape:
             raise ValueError(f"start has shape {list(start.shape)}, not that of x, {list(x.shape)}")
-    attempt = Attempt(model, x, y, norm=norm, target=target, generator=generator)
+    attempt = Attempt(model, x, y, norm=norm, eps=eps, target=target, generator=generator)
+    reach, attempt.eps = attempt.eps, torch.full_like(attempt.eps, inf)  # farther points are steps on the way
     seeds, rows = attempt.seeds, attempt.open  # seeds are drawn for every image, attacked or not
     if target is not None and start is None:
         raise ValueError("start=None: a targeted decision-based attack needs images of the target class to start from")
-    threat.check_eps(eps)
-    reach = torch.as_tensor(eps, dtype=attempt.x.dtype, device=x.device)
-    if reach.shape not in ((), (len(x),)):
-        raise ValueError(f"eps of shape {list(reach.shape)} is neither a number nor one number an image")
     for some in rows.split(max(1, 2**14 // x.shape[1:].numel())) if len(rows) and queries else ():  # a few at a time: memory
         _Walk(attempt, some, seeds[some], queries).run(None if start is None else start[some].to(attempt.x), first)
-    attempt.eps = reach.expand(len(x))  # farther points were steps on the way
+    attempt.eps = reach
     return attempt.result()
 
 
@@ -238,7 +231,7 @@ class _Walk:
         """The adversarial points nearest to the boundary on the way from a to x: a segment, or a cut to smaller l-inf balls."""
         def path(t: Tensor) -> Tensor:
             if self.attempt.norm == 2:
-                return torch.lerp(self.x, a, _column(t, a))
+                return torch.lerp(self.x, a, like(t, a))
             return threat.project(a, self.x, t * threat.distance(a, self.x, inf), inf)
         return path(self.bisect(path, 0, 1, BOUNDARY)[1])
 
@@ -264,10 +257,10 @@ class _Walk:
         """
         p = self.x[0].numel()
         radius = threat.distance(a, self.x, 2) / (10 * p)
-        r = _column(radius, a)
+        r = like(radius, a)
 
         def path(t: Tensor) -> Tensor:
-            return torch.lerp(self.x, a, _column(t, a)).maximum(r).minimum(1 - r)
+            return torch.lerp(self.x, a, like(t, a)).maximum(r).minimum(1 - r)
         low, high = self.bisect(path, 1 - 1 / p, 1 + 6 / p, CENTRE)
         centre = path((low + high) / 2)
         rows = _hadamard(count, p).to(a)
@@ -283,7 +276,7 @@ class _Walk:
         lengths = longest[:, None] * 0.5 ** torch.arange(STEPS, device=a.device)
         points = (a[:, None] + lengths.reshape(*lengths.shape, *[1] * (a.dim() - 1)) * direction[:, None]).clamp(0, 1)
         won = self.ask(points)
-        return torch.where(_column(won.any(1), a), _pick(points, won.byte().argmax(1)), a)
+        return torch.where(like(won.any(1), a), _pick(points, won.byte().argmax(1)), a)
 
     def run(self, start: Tensor | None, first: int) -> None:
         """Boundary, normal, step, and again until the queries are spent."""

